@@ -1,0 +1,271 @@
+"""Turns prepared columns (hashes and numbers) into indices within fields, in numpy.
+
+The one implementation of encoding: Spark's Python workers, the registered model and the tests all
+call it. It needs neither Spark nor torch.
+"""
+
+import datetime
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from lc_spark.errors import LcSparkError
+from lc_spark.field_map import MISSING, OUT_OF_VOCABULARY, PADDING, FieldInfo, FieldMap
+
+SPARK_HASH_SEED = 42  # of Spark's xxhash64; the same bytes give the same hash on both sides
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Hash (or cross key) -> index, by field: two arrays each, sorted by hash."""
+
+    entries: Mapping[str, tuple[np.ndarray, np.ndarray]]  # int64 hashes, int32 indices
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> "Vocabulary":
+        """Read a table of (field string, hash int64, index int32); rows without hash are skipped."""
+        entries = {}
+        table = table.filter(pc.is_valid(table["hash"]))
+        for name in pc.unique(table["field"]).to_pylist():
+            rows = table.filter(pc.equal(table["field"], name))
+            hashes = rows["hash"].to_numpy()
+            order = np.argsort(hashes, kind="stable")
+            entries[name] = (hashes[order], rows["index"].to_numpy()[order].astype(np.int32))
+        return cls(entries)
+
+    def to_arrow(self) -> pa.Table:
+        """Return the table that from_arrow reads."""
+        empty = (np.zeros(0, np.int64), np.zeros(0, np.int32))
+        parts = list(self.entries.values()) or [empty]
+        names = [np.repeat(name, len(part[0])) for name, part in self.entries.items()]
+        return pa.table(
+            {
+                "field": pa.array(np.concatenate(names) if names else [], pa.string()),
+                "hash": np.concatenate([part[0] for part in parts]),
+                "index": np.concatenate([part[1] for part in parts]),
+            }
+        )
+
+    def digest(self, name: str) -> str:
+        """Return hex digits that change with any entry of a field's vocabulary."""
+        hashes, indices = self.of(name)
+        content = hashes.astype("<i8").tobytes() + indices.astype("<i4").tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    def of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a field's hashes and indices; empty when it has none."""
+        return self.entries.get(name, (np.zeros(0, np.int64), np.zeros(0, np.int32)))
+
+    def look_up(self, name: str, hashes: np.ndarray) -> np.ndarray:
+        """Return int32 indices of int64 hashes; what is not in the vocabulary gets 1."""
+        known, indices = self.of(name)
+        if not len(known):
+            return np.full(len(hashes), OUT_OF_VOCABULARY, np.int32)
+        at = np.searchsorted(known, hashes)
+        at[at == len(known)] = 0
+        return np.where(known[at] == hashes, indices[at], OUT_OF_VOCABULARY).astype(np.int32)
+
+
+def encode(
+    columns: Mapping[str, pa.Array], field_map: FieldMap, vocabulary: Vocabulary
+) -> dict[str, np.ndarray]:
+    """Encode prepared columns, one entry a field that is no cross.
+
+    columns holds int64 hashes (categorical), lists of them (multivalued) or float64 (bucketed,
+    continuous), null where missing. Returns, for n rows: int32 [n] indices, int32 [n, max_values]
+    padded with -1 for multivalued fields, float32 [n] standardised values (NaN = missing) for
+    continuous ones.
+    """
+    encoded: dict[str, np.ndarray] = {}
+    for info in field_map.fields:
+        if info.kind == "crossed":
+            encoded[info.name] = _encode_cross(info, encoded, field_map, vocabulary)
+        elif info.kind == "categorical":
+            encoded[info.name] = _encode_categorical(info, columns[info.name], vocabulary)
+        elif info.kind == "multivalued":
+            encoded[info.name] = _encode_multivalued(info, columns[info.name], vocabulary)
+        elif info.kind == "bucketed":
+            encoded[info.name] = _encode_bucketed(info, columns[info.name])
+        else:
+            encoded[info.name] = _encode_continuous(info, columns[info.name])
+    return encoded
+
+
+def _indices_of(info: FieldInfo, hashes: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    if info.hashed is None:
+        return vocabulary.look_up(info.name, hashes)
+    return (hashes.view(np.uint64) % np.uint64(info.hashed) + np.uint64(1)).astype(np.int32)
+
+
+def _encode_categorical(info: FieldInfo, column: pa.Array, vocabulary: Vocabulary) -> np.ndarray:
+    hashes = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
+    indices = _indices_of(info, hashes, vocabulary)
+    indices[pc.is_null(column).to_numpy(zero_copy_only=False)] = MISSING
+    return indices
+
+
+def _encode_multivalued(info: FieldInfo, column: pa.Array, vocabulary: Vocabulary) -> np.ndarray:
+    padded = np.full((len(column), info.max_values), PADDING, np.int32)
+    flat = pc.list_flatten(column).to_numpy(zero_copy_only=False)
+    rows = pc.list_parent_indices(column).to_numpy(zero_copy_only=False).astype(np.int64)
+    indices = _indices_of(info, flat, vocabulary)
+    # A set a row: several rare values are one index; the most frequent (smallest) come first.
+    pairs = np.unique(rows * np.int64(info.size) + indices)
+    rows, indices = np.divmod(pairs, np.int64(info.size))
+    starts = np.searchsorted(rows, rows)
+    places = np.arange(len(rows)) - starts
+    kept = places < info.max_values
+    padded[rows[kept], places[kept]] = indices[kept]
+    padded[padded[:, 0] == PADDING, 0] = MISSING
+    return padded
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    return pc.fill_null(column, math.nan).to_numpy(zero_copy_only=False)
+
+
+def _encode_bucketed(info: FieldInfo, column: pa.Array) -> np.ndarray:
+    values = _numbers(column)
+    buckets = 1 + np.searchsorted(np.asarray(info.cut_points), values, side="right")
+    return np.where(np.isnan(values), MISSING, buckets).astype(np.int32)
+
+
+def _encode_continuous(info: FieldInfo, column: pa.Array) -> np.ndarray:
+    # Clipped to the fitted range: one outlier or an infinity must not swamp the field sums.
+    values = np.clip(_numbers(column), info.low, info.high)
+    return ((values - info.mean) / info.sd).astype(np.float32)
+
+
+def cross_keys(
+    info: FieldInfo, encoded: Mapping[str, np.ndarray], field_map: FieldMap
+) -> np.ndarray:
+    """Return the int64 keys of a cross: its parents' indices as digits of mixed radix.
+
+    Two different combinations never share a key; 0 means that every parent is missing.
+    """
+    keys = np.zeros(len(encoded[info.of[0]]), np.int64)
+    for parent in info.of:
+        keys = keys * field_map[parent].size + encoded[parent]
+    return keys
+
+
+def check_cross_fits(info: FieldInfo, field_map: FieldMap) -> None:
+    """Refuse a cross with more combinations than int64 keys can tell apart."""
+    combinations = math.prod(field_map[parent].size for parent in info.of)
+    if combinations >= 2**63:
+        raise LcSparkError(
+            f"The cross '{info.name}' has {combinations:.1e} combinations, more than 2^63: raise "
+            "min_count of its parents or cross fewer fields."
+        )
+
+
+def _encode_cross(
+    info: FieldInfo, encoded: Mapping[str, np.ndarray], field_map: FieldMap, vocabulary: Vocabulary
+) -> np.ndarray:
+    keys = cross_keys(info, encoded, field_map)
+    mixed = keys if info.hashed is None else _mix(keys)
+    return np.where(keys == 0, MISSING, _indices_of(info, mixed, vocabulary)).astype(np.int32)
+
+
+def _mix(keys: np.ndarray) -> np.ndarray:
+    """Spread int64 keys over all 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
+    z = keys.view(np.uint64).copy()
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))).view(np.int64)
+
+
+def prepare_pandas(raw: pd.DataFrame, field_map: FieldMap) -> dict[str, pa.Array]:
+    """Prepare raw rows without Spark, equal to ``features.prepare`` on the same rows.
+
+    A column that is not there counts as missing in every row. Raises LcSparkError on a value that
+    does not fit the type that the column had when the fields were fitted.
+    """
+    prepared: dict[str, pa.Array] = {}
+    for info in field_map.fields:
+        if info.kind == "crossed":
+            continue
+        values = raw[info.column] if info.column in raw else pd.Series([None] * len(raw))
+        if info.kind in ("bucketed", "continuous"):
+            try:
+                numbers = pd.to_numeric(values, errors="raise").astype("float64").to_numpy()
+            except (ValueError, TypeError) as error:
+                raise LcSparkError(f"Column '{info.column}' must hold numbers: {error}") from error
+            prepared[info.name] = pa.array(numbers, pa.float64(), from_pandas=True)
+        elif info.kind == "categorical":
+            prepared[info.name] = pa.array(_hashes(values, info), pa.int64())
+        else:
+            lists = [_hashes(pd.Series(_split(v, info), dtype=object), info) for v in values]
+            prepared[info.name] = pa.array(lists, pa.list_(pa.int64()))
+    return prepared
+
+
+def _split(value: Any, info: FieldInfo) -> list[Any]:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return []
+    if info.delimiter is not None and isinstance(value, str):
+        return value.split(info.delimiter)
+    if isinstance(value, list | tuple | np.ndarray):
+        return list(value)
+    raise LcSparkError(f"Column '{info.column}' must hold lists of values, not {value!r}.")
+
+
+def _hashes(values: pd.Series, info: FieldInfo) -> list[int | None]:
+    codes, uniques = pd.factorize(values.astype(object))
+    element_type = info.column_type.removeprefix("array<").removesuffix(">")
+    text = _TEXT_OF.get(element_type, _integer_text)
+    try:
+        texts = [text(value) for value in uniques]
+    except (ValueError, TypeError) as error:
+        raise LcSparkError(
+            f"Column '{info.column}' must hold values of type {info.column_type}: {error}"
+        ) from error
+    hashes = [hash_text(value) for value in texts]
+    return [hashes[code] if code >= 0 else None for code in codes]
+
+
+def hash_text(text: str) -> int | None:
+    """Return Spark's xxhash64 of a string, as signed 64 bits; None for the empty string."""
+    if text == "":
+        return None
+    value = xxhash.xxh64_intdigest(text.encode(), SPARK_HASH_SEED)
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _string_text(value: Any) -> str:
+    # A number in a string column comes from JSON or from pandas guessing the type.
+    return value if isinstance(value, str) else _integer_text(value)
+
+
+def _integer_text(value: Any) -> str:
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return str(int(value))
+    number = float(value)
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _boolean_text(value: Any) -> str:
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    raise ValueError(f"{value!r} is not true or false")
+
+
+def _date_text(value: Any) -> str:
+    if isinstance(value, str):
+        return datetime.date.fromisoformat(value[:10]).isoformat()
+    return str(value.isoformat()[:10])
+
+
+_TEXT_OF: dict[str, Callable[[Any], str]] = {
+    "string": _string_text,
+    "boolean": _boolean_text,
+    "date": _date_text,
+}

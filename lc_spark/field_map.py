@@ -1,0 +1,130 @@
+"""FieldMap: what was learnt about the fields, as JSON, with a fingerprint.
+
+The only thing that the Spark side and the torch side share. A global index is
+``field.offset + index``; d is the number of features, f the number of fields.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from lc_spark.errors import LcSparkError
+
+MISSING = 0  # index of a missing value in every field
+OUT_OF_VOCABULARY = 1  # index of rare and unseen values in fields with a vocabulary
+PADDING = -1  # fills the fixed-length list of a multivalued field
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One field as fitted.
+
+    size counts its features (indices 0 .. size - 1). A continuous field has two: the weight of
+    "missing" and the weight that multiplies the standardised value.
+    """
+
+    name: str
+    kind: str
+    size: int
+    offset: int = 0
+    column: str = ""  # raw column; empty for a cross
+    column_type: str = ""  # Spark's simpleString of the raw column
+    cut_points: tuple[float, ...] = ()
+    mean: float = 0.0
+    sd: float = 1.0
+    low: float = 0.0  # fitted range of a continuous field
+    high: float = 0.0
+    of: tuple[str, ...] = ()
+    hashed: int | None = None
+    delimiter: str | None = None
+    max_values: int = 1
+    vocabulary_digest: str = ""
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether indices come from a learnt vocabulary."""
+        return self.kind in ("categorical", "multivalued", "crossed") and self.hashed is None
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """The fields in order, and the fingerprint over all of it."""
+
+    fields: tuple[FieldInfo, ...]
+    fingerprint: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        offset, placed = 0, []
+        for info in self.fields:
+            placed.append(dataclasses.replace(info, offset=offset))
+            offset += info.size
+        object.__setattr__(self, "fields", tuple(placed))
+        text = json.dumps([dataclasses.asdict(info) for info in placed], sort_keys=True)
+        computed = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.fingerprint not in ("", computed):
+            raise LcSparkError(
+                f"The field map says fingerprint {self.fingerprint}, its content has {computed}: "
+                "the file was changed by hand. Run the features stage again."
+            )
+        object.__setattr__(self, "fingerprint", computed)
+
+    @property
+    def d(self) -> int:
+        """Number of features."""
+        return sum(info.size for info in self.fields)
+
+    @property
+    def raw_columns(self) -> dict[str, str]:
+        """Raw column -> Spark type, for every column that a field reads."""
+        return {info.column: info.column_type for info in self.fields if info.column}
+
+    def __getitem__(self, name: str) -> FieldInfo:
+        for info in self.fields:
+            if info.name == name:
+                return info
+        raise KeyError(name)
+
+    def to_json(self) -> str:
+        """Return the map as JSON text."""
+        content = {
+            "fingerprint": self.fingerprint,
+            "d": self.d,
+            "fields": [dataclasses.asdict(info) for info in self.fields],
+        }
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what to_json wrote; refuses a map whose content does not fit its fingerprint."""
+        content = json.loads(text)
+        return cls(tuple(_info(entry) for entry in content["fields"]), content["fingerprint"])
+
+    def write(self, path: Path) -> None:
+        """Write the map to a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the map from a file."""
+        if not path.is_file():
+            raise LcSparkError(f"There is no field map at {path}: run the features stage first.")
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def _info(entry: dict[str, Any]) -> FieldInfo:
+    lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
+    return FieldInfo(**{**entry, **lists})
+
+
+def require_same(fingerprint: str, other: str, what: str) -> None:
+    """Refuse to go on when two parts were made with different field maps."""
+    if fingerprint != other:
+        raise LcSparkError(
+            f"{what} carries the fingerprint {other}, but the field map here has {fingerprint}: "
+            "they were made from different fields or vocabularies. Run the stages again from "
+            "'features' on."
+        )
