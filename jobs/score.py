@@ -1,0 +1,9 @@
+"""Raw rows of a day, or all, and the champion to Delta scores.
+
+spark-submit --properties-file conf/spark.conf jobs/score.py --config conf/flights.yaml [--date D]
+"""
+
+from lc_spark.cli import job
+
+if __name__ == "__main__":
+    job("score")

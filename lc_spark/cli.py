@@ -1,0 +1,96 @@
+"""The command ``lc-spark``, and the same entry for the scripts in jobs/."""
+
+import datetime
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lc_spark import config as configs
+from lc_spark.errors import LcSparkError
+
+app = typer.Typer(
+    help="Locally connected click models (LC-DNN) on Spark.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+ConfigPath = Annotated[Path, typer.Argument(help="the YAML of one data set")]
+ConfigOption = Annotated[Path, typer.Option("--config", help="the YAML of one data set")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override a setting, as training.epochs=3")
+]
+Day = Annotated[
+    datetime.datetime | None,
+    typer.Option("--date", formats=["%Y-%m-%d"], help="the one day to work on; default: all"),
+]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> None:
+    """Run all stages: ingest, features, LR, LC systems, evaluation, report."""
+    from lc_spark import pipeline, report, session
+
+    settings = configs.load(config, overrides)
+    spark = session.start(settings)
+    for stage in pipeline.RUN_STAGES:
+        facts = pipeline.run_stage(stage, spark, settings, date.date() if date else None)
+    spark.stop()
+    console.print(report.result_table(facts["results"]))
+    console.print(f"Report      {facts['report']}", soft_wrap=True)
+    console.print(f"Model       {facts['registered']}", soft_wrap=True)
+    console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
+
+
+@app.command()
+def ui(config: ConfigPath, port: int = 5000, overrides: Overrides = None) -> None:
+    """Open MLflow on the runs of a config, on 127.0.0.1."""
+    from lc_spark import tracking
+
+    console.print(f"MLflow on http://127.0.0.1:{port} (end it with Ctrl-C)")
+    tracking.serve_ui(configs.load(config, overrides), port)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the config, for editors."""
+    typer.echo(json.dumps(configs.schema(), indent=1))
+
+
+def job(stage: str) -> None:
+    """Run one stage as a spark-submit entry point: ``--config F [--date D] [--set k=v]``."""
+
+    def stage_command(config: ConfigOption, date: Day = None, overrides: Overrides = None) -> None:
+        from lc_spark import pipeline, session
+
+        settings = configs.load(config, overrides)
+        spark = session.start(settings)
+        pipeline.run_stage(stage, spark, settings, date.date() if date else None)
+        spark.stop()
+
+    _main(lambda: typer.run(stage_command))
+
+
+def main() -> None:
+    """Run the command line."""
+    _main(app)
+
+
+def _main(command: Callable[[], None]) -> None:
+    """Run a command; an error that users are meant to read is printed without a stack trace."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("lc_spark").setLevel(logging.INFO)
+    try:
+        command()
+    except LcSparkError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)

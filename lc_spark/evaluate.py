@@ -1,0 +1,264 @@
+"""Scores every system on the same test rows; writes tables, figures, report; registers the best."""
+
+import functools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from lc_spark import facts, figures, metrics, report, tables, tracking
+from lc_spark.config import Config, System
+from lc_spark.errors import LcSparkError, nearest
+from lc_spark.facts import Facts
+from lc_spark.field_map import FieldMap
+from lc_spark.score import shard_scores_df
+from lc_spark.tracking import StageRun
+from lc_spark.training import lr, models
+
+EARLIER_STAGES = ("ingest", "features", "train_lr", "train_lc")
+ROC_BUCKETS = 200
+TOP = 20  # fields and values that the report lists
+LOGGED = ("auc", "logloss", "ne", "calibration", "group_auc", "parameters", "seconds_per_epoch")
+RESULT_SCHEMA = {
+    "system": "string",
+    "auc": "double",
+    "logloss": "double",
+    "ne": "double",
+    "calibration": "double",
+    "group_auc": "double",
+    "valid_logloss": "double",
+    "parameters": "long",
+    "seconds_per_epoch": "double",
+    "train_rows": "long",
+    "test_rows": "long",
+    "run_id": "string",
+}
+
+
+def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Facts:
+    """Evaluate all systems of the config; return the stage's facts, results among them.
+
+    The system with the lowest validation log loss is registered: test rows choose nothing.
+    """
+    field_map = FieldMap.read(config.workspace_path / "field_map.json")
+    done = {name: facts.read(config, name) for name in EARLIER_STAGES}
+    scores_df = _scores_df(spark, config, field_map, "test")
+    version = tables.write(scores_df, config, "test_scores", ("system",))
+    scores_df = tables.read(spark, config, "test_scores", version)
+    valid_df = _scores_df(spark, config, field_map, "valid")
+    evaluated = []
+    for system in config.systems:
+        one = _evaluate_one(system, scores_df, valid_df)
+        evaluated.append(one)
+        numbers = one.metrics.as_floats() | {"valid_logloss": one.valid_logloss}
+        run.log_metrics({f"{system.name}.{key}": value for key, value in numbers.items()})
+    results = [_result(config, field_map, one, done) for one in evaluated]
+    for result in results:
+        numbers = {k: result[k] for k in LOGGED if result[k] is not None}
+        tracking.append_to(run.uri, result["run_id"]).log_metrics(
+            {f"test_{key}": float(value) for key, value in numbers.items()}
+        )
+    best = min(evaluated, key=lambda one: one.valid_logloss)
+    table_version = _write_evaluation(spark, config, field_map, results, evaluated)
+    run.set_tags(
+        {
+            "evaluation_version": str(table_version),
+            "test_scores_version": str(version),
+            "fingerprint": field_map.fingerprint,
+            "winner": best.system.name,
+        }
+    )
+    content = _content(spark, config, field_map, results, evaluated, done)
+    run.log_figure(figures.roc(content.roc), "roc.svg")
+    run.log_figure(figures.calibration(content.calibration), "calibration.svg")
+    page = report.write_report(config, content)
+    run.log_text(page.read_text(encoding="utf-8"), "report.html")
+    numbers = best.metrics.as_floats() | {"valid_logloss": best.valid_logloss}
+    model_version = tracking.register(config, run, make_bundle(config, best.system.name), numbers)
+    model_uri = f"models:/{config.model_name}/{model_version}"
+    return {
+        "results": results,
+        "report": str(page),
+        "registered": model_uri,
+        "run_id": run.run_id,
+        "summary": f"{len(results)} systems on {best.metrics.rows:,} test rows; "
+        f"{best.system.name} has the lowest validation log loss and is {model_uri}",
+    }
+
+
+def _scores_df(spark: SparkSession, config: Config, field_map: FieldMap, split: str) -> DataFrame:
+    """Return (system, row_id, label, score[, group]) of every system on one split."""
+    group = config.evaluation.group
+    group_df = None
+    if group is not None:
+        raw_df = tables.read(spark, config, "raw")
+        if group not in raw_df.columns:
+            raise LcSparkError(
+                f"evaluation.group is '{group}', which the table lacks.{nearest(group, raw_df.columns)}"
+            )
+        # Equal rows share an id, and so their group.
+        group_df = raw_df.select("row_id", F.col(f"`{group}`").cast("string").alias("group"))
+        group_df = group_df.dropDuplicates(["row_id"])
+    parts = []
+    for system in config.systems:
+        folder = config.workspace_path / "models" / model_folder(system)
+        scores_df = shard_scores_df(spark, config, field_map, folder, split)
+        parts.append(scores_df.select(F.lit(system.name).alias("system"), "*"))
+    union_df = functools.reduce(DataFrame.unionByName, parts)
+    return union_df if group_df is None else union_df.join(group_df, "row_id", how="left")
+
+
+def model_folder(system: System) -> str:
+    """Return the name of the folder under models/ that holds a system."""
+    return "lr" if system.system == "lr" else system.name
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One system on the test rows, and its validation log loss."""
+
+    system: System
+    metrics: metrics.Metrics
+    valid_logloss: float
+    deciles: list[metrics.Bucket]
+    roc: tuple[list[float], list[float]]
+
+
+def _evaluate_one(system: System, scores_df: DataFrame, valid_df: DataFrame) -> Evaluated:
+    mine = F.col("system") == system.name
+    system_df = scores_df.where(mine).persist(StorageLevel.MEMORY_AND_DISK)
+    group = "group" if "group" in scores_df.columns else None
+    found = metrics.evaluate(system_df, group)
+    deciles = metrics.score_buckets(system_df, 10)
+    roc = metrics.roc_points(metrics.score_buckets(system_df, ROC_BUCKETS))
+    system_df.unpersist()
+    return Evaluated(system, found, metrics.log_loss(valid_df.where(mine)), deciles, roc)
+
+
+def _result(
+    config: Config, field_map: FieldMap, one: Evaluated, done: dict[str, Facts]
+) -> dict[str, Any]:
+    """Return the entry of results.json."""
+    system, training = one.system, config.training_of(one.system)
+    name = system.name
+    noted = done["train_lr"] if system.system == "lr" else done["train_lc"]["systems"][name]
+    return {
+        "system": name,
+        "auc": one.metrics.auc,
+        "logloss": one.metrics.logloss,
+        "ne": one.metrics.ne,
+        "calibration": one.metrics.calibration,
+        "group_auc": one.metrics.group_auc,
+        "valid_logloss": one.valid_logloss,
+        "parameters": models.parameter_count(
+            system.system, field_map.d, len(field_map.fields), training.hidden, training.channels
+        ),
+        "seconds_per_epoch": noted["seconds_per_epoch"],
+        "train_rows": done["features"]["shard_rows"]["train"],
+        "test_rows": one.metrics.rows,
+        "run_id": noted["run_id"],
+    }
+
+
+def _write_evaluation(
+    spark: SparkSession,
+    config: Config,
+    field_map: FieldMap,
+    results: list[dict[str, Any]],
+    evaluated: list[Evaluated],
+) -> int:
+    rows = []
+    for result, one in zip(results, evaluated, strict=True):
+        deciles = [(b.rows, b.positives, b.mean_score) for b in one.deciles]
+        rows.append((*(result[key] for key in RESULT_SCHEMA), field_map.fingerprint, deciles))
+    columns = ", ".join(f"{key} {kind}" for key, kind in RESULT_SCHEMA.items())
+    bucket = "struct<rows: long, positives: long, mean_score: double>"
+    schema = f"{columns}, fingerprint string, deciles array<{bucket}>"
+    return tables.write(spark.createDataFrame(rows, schema), config, "evaluation")
+
+
+def _content(
+    spark: SparkSession,
+    config: Config,
+    field_map: FieldMap,
+    results: list[dict[str, Any]],
+    evaluated: list[Evaluated],
+    done: dict[str, Facts],
+) -> report.ReportContent:
+    weights_df = tables.read(spark, config, "lr_weights").persist()
+    fields = lr.field_importance_df(weights_df).limit(TOP).collect()
+    seen_often = F.col("count") >= 0.001 * done["features"]["shard_rows"]["train"]
+    values = weights_df.where(seen_often).orderBy(F.desc(F.abs("weight")), "field", "index")
+    top_values = [r.asDict() for r in values.drop("index").limit(TOP).collect()]
+    weights_df.unpersist()
+    shard_rows = done["features"]["shard_rows"]
+    rejected = done["ingest"]["rejected"]
+    return report.ReportContent(
+        results=results,
+        rows=[
+            ("source rows", done["ingest"]["source_rows"]),
+            ("rejected rows", sum(rejected.values())),
+            ("raw rows", done["features"]["raw_rows"]),
+            *((f"{split} rows in the shards", n) for split, n in shard_rows.items()),
+        ],
+        rejected=list(rejected.items()),
+        split=split_text(config),
+        fingerprint=field_map.fingerprint,
+        mlflow_command=f"lc-spark ui CONFIG --set workspace={config.workspace}",
+        roc={o.system.name: (*o.roc, o.metrics.auc) for o in evaluated},
+        calibration={
+            o.system.name: (
+                [b.mean_score for b in o.deciles],
+                [b.positives / b.rows for b in o.deciles],
+            )
+            for o in evaluated
+        },
+        histories={n: history(result) for n, result in done["train_lc"]["systems"].items()},
+        lr_loss=done["train_lr"]["loss_history"],
+        top_fields=[{**row.asDict(), "kind": field_map[row["field"]].kind} for row in fields],
+        top_values=top_values,
+        stage_seconds={name: noted["seconds"] for name, noted in done.items()},
+    )
+
+
+def history(result: Facts) -> dict[str, list[float]]:
+    """Return the losses by epoch of a training result, as figures.loss_by_epoch takes them."""
+    epochs = result["epochs"]
+    return {
+        "train": [epoch["train_loss"] for epoch in epochs],
+        "valid": [epoch["valid_logloss"] for epoch in epochs],
+    }
+
+
+def split_text(config: Config) -> str:
+    """Say in one sentence how rows became train, valid and test."""
+    split = config.split
+    if split.by == "date":
+        return (
+            f"Split by day: trained on days before {split.valid_from}, validated up to "
+            f"{split.test_from}, tested on the days from then on."
+        )
+    return (
+        f"Split at random: a seeded hash of the row id sends {split.test:.0%} of the rows to test "
+        f"and {split.valid:.0%} to valid. Rows of one day are in all three."
+    )
+
+
+def make_bundle(config: Config, system: str) -> Path:
+    """Put a system's model, the field map and the vocabulary into one folder, ready to register."""
+    source = config.workspace_path
+    bundle = source / "bundle"
+    shutil.rmtree(bundle, ignore_errors=True)
+    bundle.mkdir()
+    for path in (
+        source / "models" / system / models.MODEL_FILE,
+        source / "models" / system / models.DESCRIPTION_FILE,
+        source / "field_map.json",
+        source / "vocabulary.parquet",
+    ):
+        shutil.copy2(path, bundle)
+    return bundle

@@ -1,0 +1,145 @@
+"""Learns from the train rows how numbers become buckets or standardised values."""
+
+import math
+from collections.abc import Sequence
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from lc_spark.config import Bucketed, Categorical, Continuous
+from lc_spark.errors import LcSparkError
+from lc_spark.features.prepare import FLOATS, number_column
+from lc_spark.field_map import FieldInfo
+
+SAMPLE_ROWS = 1_000_000  # rows that quantiles are computed on; their error is then below 0.1 %
+
+
+def fit_numeric(
+    train_df: DataFrame,
+    fields: Sequence[Bucketed | Continuous],
+    types: dict[str, str],
+    n_rows: int,
+    seed: int,
+) -> list[FieldInfo]:
+    """Fit cut points (bucketed) and mean, sd, range (continuous) on rows with a row_id.
+
+    Infinities count for no statistic. Quantiles are exact on at most SAMPLE_ROWS rows, chosen by
+    a hash of the row id, so that the result does not depend on the partitioning.
+    """
+    if not fields:
+        return []
+    statistics: list[Column] = []
+    for field in fields:
+        finite = _finite_column(field.column)
+        statistics += [
+            F.min(finite).alias(f"min {field.name}"),
+            F.max(finite).alias(f"max {field.name}"),
+            F.mean(finite).alias(f"mean {field.name}"),
+            F.stddev_pop(finite).alias(f"sd {field.name}"),
+        ]
+    learnt = train_df.select(*statistics).first()
+    quantiles = _quantiles(train_df, fields, n_rows, seed)
+    infos = []
+    for field in fields:
+        low, high, mean, sd = (
+            learnt[f"{what} {field.name}"] if learnt else None
+            for what in ("min", "max", "mean", "sd")
+        )
+        column_type = types[field.column]
+        if isinstance(field, Continuous):
+            # Sums depend on the partitioning in their last digits, the fingerprint must not.
+            infos.append(
+                FieldInfo(
+                    field.name,
+                    "continuous",
+                    size=2,
+                    column=field.column,
+                    column_type=column_type,
+                    mean=_rounded(mean or 0.0),
+                    sd=_rounded(sd or 0.0) or 1.0,
+                    low=low or 0.0,
+                    high=high or 0.0,
+                )
+            )
+        else:
+            cuts = _cut_points(field, low, high, quantiles.get(field.name) or [])
+            infos.append(
+                FieldInfo(
+                    field.name,
+                    "bucketed",
+                    size=len(cuts) + 2,
+                    column=field.column,
+                    column_type=column_type,
+                    cut_points=cuts,
+                )
+            )
+    return infos
+
+
+def _finite_column(name: str) -> Column:
+    number = number_column(name)
+    return F.when(F.abs(number) != math.inf, number)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.9g}")
+
+
+def _quantiles(
+    train_df: DataFrame, fields: Sequence[Bucketed | Continuous], n_rows: int, seed: int
+) -> dict[str, list[float]]:
+    by_quantile = [f for f in fields if isinstance(f, Bucketed) and f.by == "quantile"]
+    if not by_quantile:
+        return {}
+    if n_rows > SAMPLE_ROWS:
+        place = F.pmod(F.xxhash64(F.lit(f"quantiles {seed}"), "row_id"), F.lit(n_rows))
+        train_df = train_df.where(place < SAMPLE_ROWS)
+    columns = []
+    for field in by_quantile:
+        shares = [i / field.buckets for i in range(1, field.buckets)] or [0.5]
+        columns.append(F.percentile(_finite_column(field.column), shares).alias(field.name))
+    row = train_df.select(*columns).first()
+    return row.asDict() if row else {}
+
+
+def _cut_points(
+    field: Bucketed, low: float | None, high: float | None, quantiles: list[float]
+) -> tuple[float, ...]:
+    """Return ascending inner edges; bucket i holds cut_points[i-1] <= x < cut_points[i]."""
+    if field.by == "cut_points":
+        return field.cut_points
+    if low is None or high is None or low == high or field.buckets == 1:
+        return ()
+    if field.by == "uniform":
+        width = (high - low) / field.buckets
+        cuts = [low + i * width for i in range(1, field.buckets)]
+    elif field.by == "log_squared":
+        # Criteo's usual floor(log(x)^2) above 2, and whole numbers below, as cut points.
+        top = math.ceil(math.log(max(high, 2.0)) ** 2)
+        cuts = [0.0, 1.0, 2.0, *(math.exp(math.sqrt(n)) for n in range(1, top + 1))]
+        cuts = [cut for cut in cuts if cut <= high]
+    else:
+        cuts = quantiles
+    # Equal quantiles are one edge; an edge at the minimum would leave an empty bucket below it.
+    return tuple(sorted({cut for cut in cuts if cut > low}))
+
+
+def refuse_fractions(
+    train_df: DataFrame, fields: Sequence[Categorical], types: dict[str, str]
+) -> None:
+    """Raise LcSparkError for a categorical field over a column with fractional numbers."""
+    floats = [field for field in fields if types[field.column] in FLOATS]
+    if not floats:
+        return
+    examples = []
+    for field in floats:
+        number = _finite_column(field.column)
+        examples.append(F.max(F.when(number != F.floor(number), number)).alias(field.name))
+    row = train_df.select(*examples).first()
+    for field in floats:
+        example = row[field.name] if row else None
+        if example is not None:
+            raise LcSparkError(
+                f"Field '{field.name}' is categorical, but column '{field.column}' holds fractions "
+                f"such as {example}: make it bucketed or continuous, or cast it to a string."
+            )

@@ -1,0 +1,181 @@
+"""Turns the train rows into a FieldMap, a Vocabulary and the table of all levels."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from pyspark import StorageLevel
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from lc_spark.config import AnyField, Bucketed, Categorical, Continuous, Crossed, Multivalued
+from lc_spark.encoder import Vocabulary, check_cross_fits
+from lc_spark.errors import LcSparkError
+from lc_spark.features import vocabulary as vocab
+from lc_spark.features.discretize import fit_numeric, refuse_fractions
+from lc_spark.features.prepare import column_types, number_column
+from lc_spark.field_map import FieldInfo, FieldMap
+
+MISSING_LEVEL = "(missing)"
+OTHER_LEVEL = "(other)"
+VALUE_LEVEL = "(value)"  # the weight that multiplies a continuous value
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What fit_features learnt; levels_df has (field, index, value, hash, count), d rows."""
+
+    field_map: FieldMap
+    vocabulary: Vocabulary
+    levels_df: DataFrame
+
+
+def fit_features(train_df: DataFrame, fields: Sequence[AnyField], seed: int) -> Fitted:
+    """Fit all fields on the train rows alone (rows of ``raw``, with row_id).
+
+    Crosses come last in the map, after the fields that they are made of.
+    Raises LcSparkError on an empty split, a missing column or a type that a kind cannot take.
+    """
+    types = column_types(train_df, fields)
+    n_rows = train_df.count()
+    if n_rows == 0:
+        raise LcSparkError("The train split has no rows: check 'split' in the config.")
+    refuse_fractions(train_df, [f for f in fields if isinstance(f, Categorical)], types)
+    numbers = [f for f in fields if isinstance(f, Bucketed | Continuous)]
+    numeric = fit_numeric(train_df, numbers, types, n_rows, seed)
+    texts = [_text_info(f, types) for f in fields if isinstance(f, Categorical | Multivalued)]
+    crosses = [f for f in fields if isinstance(f, Crossed)]
+    cuts = {f.name: f.min_count for f in fields if not isinstance(f, Bucketed | Continuous)}
+    counted = [info for info in texts if info.hashed is None]
+    counts_df = vocab.count_values(train_df, counted).persist(StorageLevel.DISK_ONLY)
+    ranked_df = vocab.rank_values(counts_df, {i.name: cuts[i.name] for i in counted} or {"": 1})
+    ranked_df = ranked_df.persist(StorageLevel.DISK_ONLY)
+    words, sizes = vocab.to_vocabulary(ranked_df, counted)
+    texts = [_sized(info, sizes, words) for info in texts]
+    by_name = {info.name: info for info in (*numeric, *texts)}
+    base = FieldMap(tuple(by_name[f.name] for f in fields if f.name in by_name))
+
+    cross_infos = [
+        FieldInfo(f.name, "crossed", size=(f.hashed or 0) + 1, of=f.of, hashed=f.hashed)
+        for f in crosses
+    ]
+    for info in cross_infos:
+        check_cross_fits(info, base)
+    ranked_crosses = [info for info in cross_infos if info.hashed is None]
+    keys_df = vocab.count_indices(train_df, base, words, ranked_crosses)
+    keys_df = keys_df.persist(StorageLevel.DISK_ONLY)
+    cross_cuts = {info.name: cuts[info.name] for info in ranked_crosses} or {"": 1}
+    ranked_keys_df = vocab.rank_keys(keys_df, cross_cuts).persist(StorageLevel.DISK_ONLY)
+    cross_words, cross_sizes = vocab.to_vocabulary(ranked_keys_df, ranked_crosses)
+    words = Vocabulary({**words.entries, **cross_words.entries})
+    cross_infos = [_sized(info, cross_sizes, words) for info in cross_infos]
+    field_map = FieldMap((*base.fields, *cross_infos))
+
+    value_levels_df = ranked_df.unionByName(_plain_levels(train_df, field_map, keys_df, n_rows))
+    value_levels_df = value_levels_df.withColumn("value", _level_name_column())
+    levels_df = value_levels_df.unionByName(
+        _cross_levels(ranked_keys_df, value_levels_df, field_map)
+    )
+    return Fitted(field_map, words, levels_df)
+
+
+def _text_info(field: Categorical | Multivalued, types: dict[str, str]) -> FieldInfo:
+    return FieldInfo(
+        field.name,
+        field.kind,
+        size=(field.hashed or 0) + 1,
+        column=field.column,
+        column_type=types[field.column],
+        hashed=field.hashed,
+        delimiter=field.delimiter if isinstance(field, Multivalued) else None,
+        max_values=field.max_values if isinstance(field, Multivalued) else 1,
+    )
+
+
+def _sized(info: FieldInfo, sizes: dict[str, int], words: Vocabulary) -> FieldInfo:
+    if info.hashed is not None:
+        return info
+    digest = words.digest(info.name)
+    return dataclasses.replace(info, size=sizes[info.name], vocabulary_digest=digest)
+
+
+def _level_name_column() -> Column:
+    return (
+        F.when(F.col("value").isNotNull(), F.col("value"))
+        .when(F.col("index") == 0, MISSING_LEVEL)
+        .otherwise(OTHER_LEVEL)
+    )
+
+
+def _plain_levels(
+    train_df: DataFrame, field_map: FieldMap, keys_df: DataFrame, n_rows: int
+) -> DataFrame:
+    """Return the levels of fields without a vocabulary: buckets, hashed values, continuous."""
+    spark = train_df.sparkSession
+    bucketed = [i for i in field_map.fields if i.kind == "bucketed"]
+    names = [(i.name, k, name) for i in bucketed for k, name in enumerate(_bucket_names(i))]
+    schema = "field string, index int, value string"
+    named_df = spark.createDataFrame(names, schema)
+    for info in field_map.fields:
+        if info.hashed is not None:
+            indices_df = spark.range(info.size).select(
+                F.lit(info.name).alias("field"),
+                F.col("id").cast("int").alias("index"),
+                F.when(F.col("id") > 0, F.concat(F.lit("#"), "id")).alias("value"),
+            )
+            named_df = named_df.unionByName(indices_df)
+    counts_df = keys_df.select("field", F.col("key").cast("int").alias("index"), "count")
+    levels_df = named_df.join(counts_df, ["field", "index"], how="left")
+    continuous = [i for i in field_map.fields if i.kind == "continuous"]
+    present = [F.count(number_column(i.column)).alias(i.name) for i in continuous]
+    row = train_df.select(*present).first() if present else None
+    numbers = []
+    for info in continuous:
+        n_present = int(row[info.name]) if row else 0
+        numbers += [(info.name, 0, MISSING_LEVEL, n_rows - n_present)]
+        numbers += [(info.name, 1, VALUE_LEVEL, n_present)]
+    numbers_df = spark.createDataFrame(numbers, f"{schema}, count long")
+    plain_df = levels_df.unionByName(numbers_df).withColumn("hash", F.lit(None).cast("long"))
+    return plain_df.withColumn("count", F.coalesce("count", F.lit(0)))
+
+
+def _bucket_names(info: FieldInfo) -> list[str]:
+    edges = ["-inf", *(f"{cut:.6g}" for cut in info.cut_points), "inf"]
+    pairs = zip(edges, edges[1:], strict=False)
+    return [MISSING_LEVEL, *(f"[{low}, {high})" for low, high in pairs)]
+
+
+def _cross_levels(
+    ranked_keys_df: DataFrame, parent_levels_df: DataFrame, field_map: FieldMap
+) -> DataFrame:
+    """Name the levels of crosses by their parents' levels, such as 'JFK × LAX'."""
+    digits = []
+    for info in field_map.fields:
+        if info.kind == "crossed" and info.hashed is None:
+            divisor = 1
+            for position in reversed(range(len(info.of))):
+                parent = field_map[info.of[position]]
+                digits.append((info.name, position, parent.name, divisor, parent.size))
+                divisor *= parent.size
+    digits_df = ranked_keys_df.sparkSession.createDataFrame(
+        digits, "field string, position int, parent string, divisor long, size long"
+    )
+    parents_df = (
+        ranked_keys_df.join(F.broadcast(digits_df), "field")
+        .withColumn("parent_index", F.expr("CAST((hash DIV divisor) % size AS INT)"))
+        .join(
+            parent_levels_df.select(
+                F.col("field").alias("parent"),
+                F.col("index").alias("parent_index"),
+                F.col("value").alias("parent_value"),
+            ),
+            ["parent", "parent_index"],
+        )
+    )
+    named_df = parents_df.groupBy("field", "index").agg(
+        F.sort_array(F.collect_list(F.struct("position", "parent_value"))).alias("parts")
+    )
+    names = F.array_join(F.col("parts.parent_value"), " × ")
+    joined_df = ranked_keys_df.drop("value").join(
+        named_df.select("field", "index", names.alias("value")), ["field", "index"], how="left"
+    )
+    return joined_df.withColumn("value", _level_name_column())

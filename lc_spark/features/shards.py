@@ -1,0 +1,208 @@
+"""Encodes ``raw`` and writes it as shuffled Parquet shards, with a manifest that describes them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from lc_spark.config import Config
+from lc_spark.encoder import Vocabulary, encode
+from lc_spark.errors import LcSparkError
+from lc_spark.features.prepare import prepared_column
+from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.ingest import split_column
+
+SPLITS = ("train", "valid", "test")
+RANGES = 4096  # ranges of shuffle keys that are counted to find where a part ends
+
+
+def encoded_df(
+    raw_df: DataFrame, field_map: FieldMap, vocabulary: Vocabulary, keep: tuple[str, ...]
+) -> DataFrame:
+    """Return the columns to keep and one encoded column a field, rows in the same partitions."""
+    kept_schema = raw_df.select(*keep).schema
+    schema = ", ".join(
+        [f"`{c.name}` {c.dataType.simpleString()}" for c in kept_schema.fields]
+        + [f"`{info.name}` {_type_name(info)}" for info in field_map.fields]
+    )
+    shared = raw_df.sparkSession.sparkContext.broadcast((field_map, vocabulary))
+
+    def encode_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        fields, words = shared.value
+        for batch in batches:
+            columns = {name: batch.column(name) for name in batch.schema.names}
+            arrays = [columns[name] for name in keep]
+            encoded = encode(columns, fields, words)
+            arrays += [_arrow(encoded[info.name]) for info in fields.fields]
+            names = [*keep, *(info.name for info in fields.fields)]
+            yield pa.RecordBatch.from_arrays(arrays, names=names)
+
+    prepared = [prepared_column(i) for i in field_map.fields if i.kind != "crossed"]
+    return raw_df.select(*keep, *prepared).mapInArrow(encode_batches, schema)
+
+
+def _type_name(info: FieldInfo) -> str:
+    return {"continuous": "float", "multivalued": "array<int>"}.get(info.kind, "int")
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(values)
+    n, width = values.shape
+    offsets = np.arange(n + 1, dtype=np.int32) * width
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
+
+
+def write_shards(
+    raw_df: DataFrame,
+    field_map: FieldMap,
+    vocabulary: Vocabulary,
+    config: Config,
+    raw_version: int,
+) -> dict[str, Any]:
+    """Write every split of ``raw`` as parts of equal size, one row group each.
+
+    Rows lie in the order of a seeded hash of their id, so they are shuffled once and the same rows
+    give the same parts whatever the partitioning. The number of parts is a multiple of the ranks;
+    parts of a split differ by one row at most (equal row ids stay together). Returns the manifest,
+    which is also written beside the parts. Raises LcSparkError when a split is empty.
+    """
+    keyed_df = raw_df.select(
+        "*",
+        split_column(config).alias("split"),
+        F.xxhash64(F.lit(f"shuffle {config.seed}"), "row_id").alias("__key"),
+        fold_column(config).alias("fold"),
+    )
+    ends = _part_ends(keyed_df, config)
+    keep = ("row_id", "label", "fold", "split", "__key", "__part")
+    placed_df = keyed_df.withColumn("__part", _part_column(ends))
+    n_parts = sum(len(split_ends) + 1 for split_ends in ends.values())
+    folder = config.workspace_path / "shards"
+    manifest_path = folder / "manifest.json"
+    manifest_path.unlink(missing_ok=True)  # half-written shards must not look whole
+    shuffled_df = _to_partitions(encoded_df(placed_df, field_map, vocabulary, keep), n_parts)
+    written_df = shuffled_df.sortWithinPartitions("split", "__key", "row_id").drop(
+        "__key", "__part"
+    )
+    # A block above any part keeps one row group a file.
+    writer = written_df.write.mode("overwrite").partitionBy("split")
+    writer.option("parquet.block.size", str(2**31 - 1)).parquet(str(folder))
+    manifest = _manifest(folder, field_map, config, raw_version)
+    manifest_path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return manifest
+
+
+def fold_column(config: Config) -> Column:
+    """Return the fold of a row, 0 .. folds - 1, by a seeded hash of its id."""
+    folds = F.lit(config.shards.folds)
+    return F.pmod(F.xxhash64(F.lit(f"fold {config.seed}"), "row_id"), folds).cast("int")
+
+
+def _part_ends(keyed_df: DataFrame, config: Config) -> dict[str, list[int]]:
+    """Return for each split the shuffle keys at which a new part begins.
+
+    Exact order statistics in two cheap passes over row ids: count ranges of keys, then look into
+    the few ranges where a part ends.
+    """
+    ranks = max(config.training_of(system).ranks for system in config.systems)
+    in_range = F.floor(F.col("__key") / F.lit(2**64 // RANGES)).cast("long")
+    keys_df = keyed_df.select("split", "__key", in_range.alias("range"))
+    counted = keys_df.groupBy("split", "range").count().collect()
+    wanted: dict[tuple[str, int], list[int]] = {}
+    for split in SPLITS:
+        ranges = sorted((r["range"], r["count"]) for r in counted if r["split"] == split)
+        rows = sum(count for _, count in ranges)
+        if rows == 0:
+            raise LcSparkError(f"The {split} split has no rows: check 'split' in the config.")
+        group = ranks * -(-rows // (ranks * config.shards.rows_per_group))
+        n_parts = min(group, rows) if rows >= ranks else ranks
+        totals = np.cumsum([count for _, count in ranges])
+        for part in range(1, n_parts):
+            position = part * rows // n_parts  # rows before this part
+            at = int(np.searchsorted(totals, position, side="right"))
+            within = position - (int(totals[at - 1]) if at else 0)
+            wanted.setdefault((split, int(ranges[at][0])), []).append(within)
+    ends: dict[str, list[int]] = {split: [] for split in SPLITS}
+    inside = [(split, number) for split, number in wanted]
+    spark = keyed_df.sparkSession
+    few_df = keys_df.join(
+        F.broadcast(spark.createDataFrame(inside, "split string, range long")), ["split", "range"]
+    )
+    keys: dict[tuple[str, int], list[int]] = {}
+    for row in few_df.collect():
+        keys.setdefault((row["split"], row["range"]), []).append(row["__key"])
+    for (split, number), positions in wanted.items():
+        ordered = sorted(keys[split, number])
+        ends[split] += [ordered[within] for within in positions]
+    return {split: sorted(set(found)) for split, found in ends.items()}
+
+
+def _part_column(ends: dict[str, list[int]]) -> Column:
+    """Return the number of a row's part, counted through the splits."""
+    column, first = F.lit(None), 0
+    for split in SPLITS:
+        edges = F.array(*[F.lit(end) for end in ends[split]]).cast("array<long>")
+        below = F.size(F.filter(edges, lambda edge: edge <= F.col("__key")))
+        column = F.when(F.col("split") == split, F.lit(first) + below).otherwise(column)
+        first += len(ends[split]) + 1
+    return column.cast("int")
+
+
+def _to_partitions(df: DataFrame, n_parts: int) -> DataFrame:
+    """Repartition so that partition i holds exactly part i.
+
+    Spark places a row by a hash of its key; so each part is given a key that falls to it.
+    """
+    candidates = df.sparkSession.range(n_parts * 20 + 100).select(
+        F.col("id").cast("int").alias("key"),
+        F.pmod(F.hash(F.col("id").cast("int")), F.lit(n_parts)).alias("partition"),
+    )
+    rows = candidates.groupBy("partition").agg(F.min("key").alias("key")).collect()
+    key_of = {row["partition"]: row["key"] for row in rows}
+    keys = F.array(*[F.lit(key_of[part]) for part in range(n_parts)])
+    placed_df = df.withColumn("__partition", keys[F.col("__part")])
+    return placed_df.repartition(n_parts, "__partition").drop("__partition")
+
+
+def _manifest(
+    folder: Path, field_map: FieldMap, config: Config, raw_version: int
+) -> dict[str, Any]:
+    splits = {}
+    for split in SPLITS:
+        files = part_files(folder, split)
+        positives = sum(_label_sum(path) for path in files)
+        groups = [pq.read_metadata(path).num_rows for path in files]
+        splits[split] = {"rows": sum(groups), "positives": positives, "row_groups": groups}
+    return {
+        "fingerprint": field_map.fingerprint,
+        "seed": config.seed,
+        "ranks": max(config.training_of(system).ranks for system in config.systems),
+        "folds": config.shards.folds,
+        "raw_version": raw_version,
+        "fields": [info.name for info in field_map.fields],
+        "splits": splits,
+    }
+
+
+def _label_sum(path: Path) -> int:
+    return int(pq.read_table(path, columns=["label"])["label"].to_numpy().sum())
+
+
+def part_files(folder: Path, split: str) -> list[Path]:
+    """Return the Parquet files of a split, in order."""
+    return sorted((folder / f"split={split}").glob("*.parquet"))
+
+
+def read_manifest(config: Config) -> dict[str, Any]:
+    """Read the manifest of the workspace's shards."""
+    path = config.workspace_path / "shards" / "manifest.json"
+    if not path.is_file():
+        raise LcSparkError(f"There are no shards in {path.parent}: run the stage 'features' first.")
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return manifest

@@ -1,0 +1,190 @@
+"""Counts the values of fields on the train rows and ranks them into vocabularies.
+
+Counting is by 64-bit hash with fixed-width aggregates; a second hash reveals a collision.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from lc_spark.encoder import Vocabulary, cross_keys, encode
+from lc_spark.errors import LcSparkError
+from lc_spark.features.prepare import prepared_column, texts_column
+from lc_spark.field_map import OUT_OF_VOCABULARY, FieldInfo, FieldMap
+
+CHUNK_CELLS = 20_000_000  # values counted at once in a Python worker: a few hundred MB
+Batches = Iterator[pa.RecordBatch]
+
+
+def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
+    """Count the values of categorical and multivalued fields.
+
+    Returns (field string, value string, count long) once for each distinct value of each chunk of
+    rows; null stands for missing.
+    """
+    names = [info.name for info in infos]
+    columns = [texts_column(info).alias(info.name) for info in infos]
+
+    def counted(batches: Batches) -> Batches:
+        for table in _chunks(batches, len(names)):
+            for name in names:
+                values = table[name].combine_chunks()
+                if pa.types.is_list(values.type):
+                    values = _flat_or_missing(values)
+                yield _counts_batch(name, pc.value_counts(values))
+
+    return train_df.select(*columns).mapInArrow(counted, "field string, value string, count long")
+
+
+def _flat_or_missing(lists: pa.Array) -> pa.Array:
+    """Flatten lists; an empty or missing list counts as one missing value."""
+    n_missing = len(lists) - pc.sum(pc.greater(pc.list_value_length(lists), 0)).as_py()
+    missing = pa.nulls(n_missing, lists.type.value_type)
+    return pa.concat_arrays([pc.list_flatten(lists), missing])
+
+
+def _chunks(batches: Batches, width: int) -> Iterator[pa.Table]:
+    """Put small batches together: the larger a chunk, the fewer rows leave it."""
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        held.append(batch)
+        rows += batch.num_rows
+        if rows * width >= CHUNK_CELLS:
+            yield pa.Table.from_batches(held)
+            held, rows = [], 0
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def _counts_batch(name: str, counts: pa.StructArray) -> pa.RecordBatch:
+    field = pa.array(np.repeat(name, len(counts)), pa.string())
+    columns = [field, counts.field("values"), counts.field("counts")]
+    return pa.RecordBatch.from_arrays(columns, names=["field", "value", "count"])
+
+
+def rank_values(counts_df: DataFrame, min_counts: Mapping[str, int]) -> DataFrame:
+    """Rank counted values: index 0 missing, 1 rare, then count descending, value ascending.
+
+    Returns (field, index int, value, hash long, count long) with a null value and hash for
+    indices 0 and 1. Raises LcSparkError when two values of a field share a hash.
+    """
+    # The seed goes first: chained after the value, it would hash a collision to a collision.
+    hashed_df = counts_df.select(
+        "field",
+        "count",
+        F.when(F.col("value").isNotNull(), F.xxhash64("value")).alias("hash"),
+        F.xxhash64(F.lit(1), F.col("value")).alias("second"),
+    )
+    totals_df = hashed_df.groupBy("field", "hash").agg(
+        F.sum("count").alias("count"),
+        F.min("second").alias("least"),
+        F.max("second").alias("most"),
+    )
+    values_df = counts_df.where(F.col("value").isNotNull()).select(
+        "field", "value", F.xxhash64("value").alias("hash")
+    )
+    collisions = totals_df.where(F.col("hash").isNotNull() & (F.col("least") != F.col("most")))
+    bad = collisions.limit(1).join(values_df, ["field", "hash"]).distinct().limit(2).collect()
+    if bad:
+        pair = " and ".join(repr(row["value"]) for row in bad)
+        raise LcSparkError(
+            f"Field '{bad[0]['field']}': {pair} have the same 64-bit hash. Change one of them in "
+            "the source (a prefix is enough)."
+        )
+    kept_df = totals_df.where(_is_kept(min_counts)).select("field", "hash", "count")
+    named_df = kept_df.join(values_df, ["field", "hash"]).dropDuplicates(["field", "hash"])
+    return _with_special_levels(_ranked(named_df, "value"), totals_df)
+
+
+def count_indices(
+    train_df: DataFrame,
+    base: FieldMap,
+    vocabulary: Vocabulary,
+    crosses: Sequence[FieldInfo],
+) -> DataFrame:
+    """Count the cross keys of crosses, and the indices of bucketed and hashed base fields.
+
+    Returns (field string, key long, count long), summed over all rows.
+    """
+    counted_fields = [i for i in base.fields if i.kind == "bucketed" or i.hashed is not None]
+    shared = train_df.sparkSession.sparkContext.broadcast((base, vocabulary))
+    columns = [prepared_column(info) for info in base.fields]
+
+    def counted(batches: Batches) -> Batches:
+        field_map, words = shared.value
+        for table in _chunks(batches, len(field_map.fields)):
+            arrays = {name: table[name].combine_chunks() for name in table.column_names}
+            encoded = encode(arrays, field_map, words)
+            keys = {info.name: encoded[info.name].ravel() for info in counted_fields}
+            keys |= {info.name: cross_keys(info, encoded, field_map) for info in crosses}
+            for name, values in keys.items():
+                values = values[values >= 0].astype(np.int64)  # drops the padding of lists
+                yield _counts_batch(name, pc.value_counts(pa.array(values)))
+
+    counts_df = train_df.select(*columns).mapInArrow(
+        counted, "field string, value long, count long"
+    )
+    return counts_df.groupBy("field", F.col("value").alias("key")).agg(
+        F.sum("count").alias("count")
+    )
+
+
+def rank_keys(key_counts_df: DataFrame, min_counts: Mapping[str, int]) -> DataFrame:
+    """Rank counted cross keys as rank_values ranks values; key 0 (all parents missing) is index 0.
+
+    Returns (field, index int, key long, hash long, count long); hash is the key.
+    """
+    totals_df = key_counts_df.where(F.col("field").isin(list(min_counts))).select(
+        "field", F.nullif("key", F.lit(0)).alias("hash"), "count"
+    )
+    kept_df = totals_df.where(_is_kept(min_counts)).withColumn("value", F.col("hash"))
+    return _with_special_levels(_ranked(kept_df, "hash"), totals_df)
+
+
+def _is_kept(min_counts: Mapping[str, int]) -> Column:
+    cuts = F.create_map(*[F.lit(x) for pair in min_counts.items() for x in pair])
+    return F.col("hash").isNotNull() & (F.col("count") >= cuts[F.col("field")])
+
+
+def _ranked(kept_df: DataFrame, tie_breaker: str) -> DataFrame:
+    order = Window.partitionBy("field").orderBy(F.desc("count"), F.asc(tie_breaker))
+    index = (F.row_number().over(order) + OUT_OF_VOCABULARY).cast("int")
+    return kept_df.select("field", index.alias("index"), "value", "hash", "count")
+
+
+def _with_special_levels(ranked_df: DataFrame, totals_df: DataFrame) -> DataFrame:
+    """Add the counts of indices 0 and 1: missing rows, and rows whose value was cut."""
+    sums_df = totals_df.groupBy("field").agg(
+        F.sum(F.when(F.col("hash").isNull(), F.col("count")).otherwise(0)).alias("missing"),
+        F.sum("count").alias("all"),
+    )
+    kept_df = ranked_df.groupBy("field").agg(F.sum("count").alias("kept"))
+    rest = F.col("all") - F.col("missing") - F.coalesce("kept", F.lit(0))
+    special_df = (
+        sums_df.join(kept_df, "field", how="left")
+        .select(
+            "field",
+            F.explode(
+                F.array(
+                    F.struct(F.lit(0).alias("index"), F.col("missing").alias("count")),
+                    F.struct(F.lit(OUT_OF_VOCABULARY).alias("index"), rest.alias("count")),
+                )
+            ).alias("level"),
+        )
+        .select("field", "level.index", "level.count")
+    )
+    return ranked_df.unionByName(special_df, allowMissingColumns=True)
+
+
+def to_vocabulary(
+    ranked_df: DataFrame, infos: Sequence[FieldInfo]
+) -> tuple[Vocabulary, dict[str, int]]:
+    """Collect ranked values into a Vocabulary, and the number of indices of each field."""
+    table = ranked_df.where(F.col("hash").isNotNull()).select("field", "hash", "index").toArrow()
+    vocabulary = Vocabulary.from_arrow(table)
+    return vocabulary, {i.name: 2 + len(vocabulary.of(i.name)[0]) for i in infos}

@@ -1,0 +1,109 @@
+"""Turns curves and histories into matplotlib figures, for MLflow and the report."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the line styles and markers
+# say the same without any colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SIZE = (5.2, 4.0)  # inches
+
+Numbers = Sequence[float]
+Style = dict[str, str]
+
+
+def _style(place: int) -> Style:
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "linestyle": LINES[place % len(LINES)],
+        "marker": MARKERS[place % len(MARKERS)],
+    }
+
+
+def _axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color="#d5d5d5", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def roc(curves: Mapping[str, tuple[Numbers, Numbers, float]]) -> Figure:
+    """Draw ROC curves: system -> (false positive rates, true positive rates, AUC)."""
+    figure, axes = _axes("ROC", "false positive rate", "true positive rate")
+    axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, label="chance")
+    for place, (name, (fpr, tpr, auc)) in enumerate(curves.items()):
+        style = _style(place) | {"marker": ""}
+        axes.plot(fpr, tpr, label=f"{name} (AUC {auc:.4f})", linewidth=1.6, **style)  # type: ignore[arg-type]
+    axes.set_aspect("equal")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    return figure
+
+
+def calibration(points: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
+    """Draw predicted against observed rates: system -> (mean score, observed rate) by decile."""
+    title, x_label = "Calibration by decile of the score", "mean predicted rate"
+    figure, axes = _axes(title, x_label, "observed rate")
+    highest = max((max(*p, *o) for p, o in points.values() if len(p)), default=1.0)
+    limit = min(1.0, 1.05 * highest) or 1.0
+    axes.plot([0, limit], [0, limit], color="#888888", linewidth=0.8, label="perfect")
+    for place, (name, (predicted, observed)) in enumerate(points.items()):
+        style = _style(place)
+        axes.plot(predicted, observed, label=name, linewidth=1.2, markersize=5, **style)  # type: ignore[arg-type]
+    axes.set_aspect("equal")
+    axes.set(xlim=(0, limit), ylim=(0, limit))
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    return figure
+
+
+def loss_by_epoch(histories: Mapping[str, Mapping[str, Numbers]]) -> Figure:
+    """Draw log losses by epoch: system -> {"train": one number an epoch, "valid": likewise}.
+
+    A system has one colour and marker; train is drawn dashed, everything else solid.
+    """
+    figure, axes = _axes("Log loss by epoch", "epoch", "log loss")
+    for place, (name, lines) in enumerate(histories.items()):
+        for split, losses in lines.items():
+            style = _style(place) | {"linestyle": "--" if split == "train" else "-"}
+            epochs = range(1, len(losses) + 1)
+            label = f"{name}, {split}"
+            axes.plot(epochs, losses, label=label, linewidth=1.4, markersize=5, **style)  # type: ignore[arg-type]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if histories:
+        axes.legend(loc="best", frameon=False, fontsize=9)
+    return figure
+
+
+def lr_loss(history: Numbers) -> Figure:
+    """Draw LR's objective (mean log loss and penalty) by L-BFGS pass, the start as pass 0."""
+    figure, axes = _axes("LR: objective by pass over the data", "L-BFGS pass", "objective")
+    axes.plot(range(len(history)), history, color=COLOURS[0], linewidth=1.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def as_svg(figure: Figure) -> str:
+    """Return a figure as an <svg> element to put into HTML, its text kept as text.
+
+    The same figure gives the same text whenever it is drawn. There is no background of its own.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lc_spark"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,222 @@
+"""Turns source rows into Delta ``raw`` by date, and sets unusable rows aside in ``rejected``."""
+
+import datetime
+from dataclasses import dataclass
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import Column, DataFrame, Observation, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from lc_spark import datasets, tables
+from lc_spark.config import Config
+from lc_spark.errors import LcSparkError
+from lc_spark.features.prepare import column_types
+
+CORRUPT = "__corrupt"
+NO_DATE = datetime.date(1970, 1, 1)  # the one partition of a log without dates
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What an ingest made: source = raw + rejected."""
+
+    source_rows: int
+    raw_rows: int
+    rejected: dict[str, int]
+    raw_version: int
+
+
+def ingest(spark: SparkSession, config: Config, date: datetime.date | None = None) -> Ingested:
+    """Write the rows of one day, or of all days, to ``raw`` and ``rejected``.
+
+    A day's rows replace that day; without a date everything is replaced. ``raw`` has the source's
+    columns and row_id (int64), label (float, 0 or 1), date. Raises LcSparkError, before ``raw`` is
+    touched, when more than source.max_rejected of the rows are rejected or none is left.
+    """
+    checked_df = _checked(_source(spark, config, date), config, date)
+    condition = None if date is None else tables.date_condition("date", date)
+    rejected_df = checked_df.where(F.col("__reason").isNotNull())
+    counts = Observation("ingest")
+    # One pass counts all rows on its way to the rejected ones; a second one writes the good rows.
+    counted_df = checked_df.observe(counts, F.count(F.lit(1)).alias("rows"))
+    record = F.to_json(F.struct(*[f"`{c}`" for c in checked_df.columns if c[:2] != "__"]))
+    columns = [
+        F.col("__reason").alias("reason"),
+        (F.lit(date) if date else F.col("__date")).cast("date").alias("date"),
+        F.coalesce(F.col(CORRUPT), record).alias("record"),
+    ]
+    set_aside_df = counted_df.where(F.col("__reason").isNotNull()).select(*columns)
+    tables.write(set_aside_df, config, "rejected", ("date",), condition)
+    source_rows = int(counts.get["rows"])
+    del rejected_df
+    rejected = _rejected_counts(spark, config, condition)
+    n_rejected = sum(rejected.values())
+    _check_share(config, source_rows, n_rejected, rejected)
+    good_df = checked_df.where(F.col("__reason").isNull())
+    kept = [c for c in checked_df.columns if c[:2] != "__" and c not in ("row_id", "label", "date")]
+    raw_df = good_df.select(
+        *[f"`{c}`" for c in kept],
+        F.col("__row_id").alias("row_id"),
+        F.col("__label").cast("float").alias("label"),
+        F.col("__date").alias("date"),
+    )
+    version = tables.write(raw_df, config, "raw", ("date",), condition)
+    written_df = tables.read(spark, config, "raw", version)
+    raw_rows = (written_df if condition is None else written_df.where(condition)).count()
+    if raw_rows + n_rejected != source_rows:
+        raise LcSparkError(
+            f"{source_rows} source rows became {raw_rows} raw and {n_rejected} rejected rows: the "
+            "source changed while it was read. Run the stage again."
+        )
+    return Ingested(source_rows, raw_rows, rejected, version)
+
+
+def _source(spark: SparkSession, config: Config, date: datetime.date | None) -> DataFrame:
+    source = config.source
+    if source.dataset is not None:
+        path = str(datasets.materialize(source.dataset, config.workspace_path / "source"))
+        return spark.read.parquet(path)
+    path = (source.path or "").replace("{date}", date.isoformat() if date else "*")
+    try:
+        if source.format == "delta":
+            return tables.read_delta(spark, path)
+        if source.format == "csv":
+            header_df = spark.read.csv(path, header=True)
+            schema = T.StructType(
+                [*header_df.schema.fields, T.StructField(CORRUPT, T.StringType())]
+            )
+            return spark.read.csv(
+                path, header=True, schema=schema, columnNameOfCorruptRecord=CORRUPT
+            )
+        if source.format == "json":
+            inferred = spark.read.json(path, columnNameOfCorruptRecord=CORRUPT)
+            fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
+            schema = T.StructType([*fields, T.StructField(CORRUPT, T.StringType())])
+            return spark.read.json(path, schema=schema, columnNameOfCorruptRecord=CORRUPT)
+        return spark.read.parquet(path)
+    except AnalysisException as error:
+        raise LcSparkError(
+            f"source: cannot read '{path}' as {source.format}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _checked(source_df: DataFrame, config: Config, date: datetime.date | None) -> DataFrame:
+    """Add __reason (null for a usable row), __label, __date and __row_id; cast the columns."""
+    if CORRUPT not in source_df.columns:
+        source_df = source_df.withColumn(CORRUPT, F.lit(None).cast("string"))
+    own = [c for c in source_df.columns if c != CORRUPT]
+    wanted = _wanted_types(source_df, config)
+    cast = {c: F.col(f"`{c}`").try_cast(t) for c, t in wanted.items()}
+    unfit = [
+        F.when(
+            F.col(f"`{c}`").isNotNull() & cast[c].isNull(),
+            F.concat(F.lit(f"column {c} is not {t}")),
+        )
+        for c, t in wanted.items()
+    ]
+    # Spark reads a corrupt column only beside others, and prunes what nobody asks for: keep both.
+    cast_df = source_df.select(
+        *[cast.get(c, F.col(f"`{c}`")).alias(c) for c in own],
+        F.col(CORRUPT),
+        F.coalesce(F.when(F.col(CORRUPT).isNotNull(), "the line does not parse"), *unfit).alias(
+            "__unfit"
+        ),
+    )
+    column_types(cast_df, config.fields)  # a field that the table lacks, or of a wrong type
+    try:
+        checked_df = cast_df.select(
+            *[f"`{c}`" for c in cast_df.columns],
+            F.expr(config.label).cast("double").alias("__label"),
+            _date_column(config).alias("__date"),
+            _row_id_column(config, own).alias("__row_id"),
+            F.coalesce(
+                F.col("__unfit"),
+                *[F.when(F.expr(when), reason) for reason, when in config.source.reject.items()],
+            ).alias("__rejected"),
+        )
+    except AnalysisException as error:
+        raise LcSparkError(
+            "label, source.date, source.row_id or source.reject cannot be evaluated: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if date is not None and "{date}" not in (config.source.path or ""):
+        checked_df = checked_df.where(F.col("__date").isNull() | (F.col("__date") == F.lit(date)))
+    label = F.col("__label")
+    return checked_df.withColumn(
+        "__reason",
+        F.coalesce(
+            F.col("__rejected"),
+            F.when(F.col("__date").isNull(), "no date"),
+            F.when(F.col("__date") != F.lit(date), "date of another day") if date else F.lit(None),
+            F.when(label.isNull() | F.isnan(label), "no label"),
+            F.when(~label.isin(0.0, 1.0), "label is not 0 or 1"),
+        ),
+    ).drop("__unfit", "__rejected")
+
+
+def _wanted_types(source_df: DataFrame, config: Config) -> dict[str, str]:
+    """Return the SQL type of the columns to cast: the given ones, and numbers read as text."""
+    schema = source_df.schema
+    wanted = dict(config.source.types)
+    unknown = [c for c in wanted if c not in schema.names]
+    if unknown:
+        raise LcSparkError(
+            f"source.types names '{unknown[0]}', which the table lacks. It has: "
+            f"{', '.join(c for c in schema.names if c != CORRUPT)}"
+        )
+    for field in config.fields:
+        if field.kind in ("bucketed", "continuous") and field.column in schema.names:
+            text = isinstance(schema[field.column].dataType, T.StringType)
+            if text and field.column not in wanted:
+                wanted[field.column] = "double"
+    return wanted
+
+
+def _date_column(config: Config) -> Column:
+    if config.source.date is None:
+        return F.lit(NO_DATE)
+    return F.expr(f"try_cast({config.source.date} AS DATE)")
+
+
+def _row_id_column(config: Config, own: list[str]) -> Column:
+    columns = config.source.row_id or tuple(own)
+    # As text with the place of nulls: xxhash64 skips nulls, so (a, null) and (null, a) would meet.
+    return F.xxhash64(*[F.coalesce(F.col(f"`{c}`").cast("string"), F.lit("\0")) for c in columns])
+
+
+def _rejected_counts(spark: SparkSession, config: Config, condition: str | None) -> dict[str, int]:
+    rejected_df = tables.read(spark, config, "rejected")
+    if condition is not None:
+        rejected_df = rejected_df.where(condition)
+    rows = rejected_df.groupBy("reason").count().orderBy(F.desc("count"), "reason").collect()
+    return {row["reason"]: int(row["count"]) for row in rows}
+
+
+def _check_share(config: Config, rows: int, n_rejected: int, rejected: dict[str, int]) -> None:
+    reasons = ", ".join(f"{reason}: {n}" for reason, n in rejected.items()) or "none"
+    if rows == 0:
+        raise LcSparkError("The source has no rows (for this date): nothing was changed in 'raw'.")
+    if n_rejected > config.source.max_rejected * rows or n_rejected == rows:
+        raise LcSparkError(
+            f"{n_rejected} of {rows} rows were rejected ({reasons}), more than source.max_rejected "
+            f"= {config.source.max_rejected}. They are in {tables.path_of(config, 'rejected')}; "
+            "'raw' was not changed."
+        )
+
+
+def split_column(config: Config) -> Column:
+    """Return train, valid or test for a row of ``raw``, by the config's split."""
+    split = config.split
+    if split.by == "date":
+        return (
+            F.when(F.col("date") < F.lit(split.valid_from), "train")
+            .when(F.col("date") < F.lit(split.test_from), "valid")
+            .otherwise("test")
+        )
+    share = F.pmod(F.xxhash64(F.lit(f"split {config.seed}"), "row_id"), F.lit(1_000_000)) / 1e6
+    return (
+        F.when(share < split.test, "test")
+        .when(share < split.test + split.valid, "valid")
+        .otherwise("train")
+    )

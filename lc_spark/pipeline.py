@@ -1,0 +1,231 @@
+"""The stages, each a function that spark-submit, ``lc-spark run`` and the tests call alike.
+
+Every stage opens a child of one parent MLflow run, notes its facts in ``workspace/stages`` and
+logs in one line what it made.
+"""
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Callable
+
+import pyarrow.parquet as pq
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from lc_spark import evaluate, facts, figures, ingest, score, tables, tracking
+from lc_spark.config import Config
+from lc_spark.errors import LcSparkError
+from lc_spark.facts import Facts
+from lc_spark.features.fit import fit_features
+from lc_spark.features.shards import read_manifest, write_shards
+from lc_spark.field_map import FieldMap, require_same
+from lc_spark.training import launch, lr
+
+log = logging.getLogger("lc_spark")
+
+Stage = Callable[[SparkSession, Config, str, datetime.date | None], Facts]
+
+
+def run_stage(
+    name: str, spark: SparkSession, config: Config, date: datetime.date | None = None
+) -> Facts:
+    """Run one stage, note its facts and seconds in ``stages/<name>.json``, and return them."""
+    parent = _parent_run(config, new=name == "ingest")
+    log.info("%s: started", name)
+    started = time.perf_counter()
+    try:
+        made = STAGES[name](spark, config, parent, date)
+    except BaseException:
+        tracking.end_pipeline(config, parent, "FAILED")
+        raise
+    made["seconds"] = round(time.perf_counter() - started, 1)
+    facts.write(config, name, made)
+    if name == "evaluate":
+        tracking.end_pipeline(config, parent, "FINISHED")
+    log.info("%s: %s (%.0f s)", name, made.pop("summary"), made["seconds"])
+    return made
+
+
+def _parent_run(config: Config, new: bool) -> str:
+    """Return the pipeline's MLflow run: ingest begins a new one, later stages go on with it."""
+    path = config.workspace_path / "run_id"
+    if new or not path.is_file():
+        run_id = tracking.start_pipeline(config, {"config": config.name})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(run_id, encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def ingest_stage(
+    spark: SparkSession, config: Config, parent: str, date: datetime.date | None
+) -> Facts:
+    """Source -> Delta raw and rejected."""
+    with tracking.stage(config, parent, "ingest") as run:
+        made = ingest.ingest(spark, config, date)
+        counts = {"source_rows": made.source_rows, "raw_rows": made.raw_rows}
+        run.log_metrics(counts | {"rejected_rows": sum(made.rejected.values())})
+        run.set_tags({"raw_version": str(made.raw_version), "date": str(date or "all")})
+        run.log_text(json.dumps(made.rejected, indent=1), "rejected.json")
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in made.rejected.items()) or "none"
+        summary = (
+            f"{made.source_rows:,} source rows = {made.raw_rows:,} raw + "
+            f"{sum(made.rejected.values()):,} rejected ({reasons})"
+        )
+        return {**vars(made), "run_id": run.run_id, "summary": summary}
+
+
+def features_stage(
+    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
+) -> Facts:
+    """Delta raw -> field map, Delta vocabulary, shards with a manifest."""
+    with tracking.stage(config, parent, "features") as run:
+        raw_version = tables.version(spark, config, "raw")
+        raw_df = tables.read(spark, config, "raw", raw_version)
+        split_df = raw_df.withColumn("split", ingest.split_column(config))
+        train_df = split_df.where(F.col("split") == "train")
+        fitted = fit_features(train_df, config.fields, config.seed)
+        vocabulary_version = tables.write(fitted.levels_df, config, "vocabulary", ("field",))
+        fitted.field_map.write(config.workspace_path / "field_map.json")
+        pq.write_table(fitted.vocabulary.to_arrow(), config.workspace_path / "vocabulary.parquet")
+        manifest = write_shards(raw_df, fitted.field_map, fitted.vocabulary, config, raw_version)
+        split_rows = {r["split"]: r["count"] for r in split_df.groupBy("split").count().collect()}
+        shard_rows = {split: part["rows"] for split, part in manifest["splits"].items()}
+        if split_rows != shard_rows:
+            raise LcSparkError(
+                f"raw has {split_rows} rows, the shards {shard_rows}: 'raw' changed while they "
+                "were written. Run the stage 'features' again."
+            )
+        field_map = fitted.field_map
+        run.log_params({"features": field_map.d, "fields": len(field_map.fields)})
+        run.log_metrics({f"{split}_rows": n for split, n in shard_rows.items()})
+        run.log_text(field_map.to_json(), "field_map.json")
+        run.set_tags(
+            {
+                "fingerprint": field_map.fingerprint,
+                "raw_version": str(raw_version),
+                "vocabulary_version": str(vocabulary_version),
+            }
+        )
+        parts = " + ".join(f"{shard_rows[s]:,} {s}" for s in ("train", "valid", "test"))
+        return {
+            "raw_rows": sum(split_rows.values()),
+            "shard_rows": shard_rows,
+            "features": field_map.d,
+            "fields": len(field_map.fields),
+            "fingerprint": field_map.fingerprint,
+            "run_id": run.run_id,
+            "summary": f"{sum(split_rows.values()):,} raw rows = {parts} in the shards; "
+            f"{len(field_map.fields)} fields, {field_map.d:,} features",
+        }
+
+
+def train_lr_stage(
+    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
+) -> Facts:
+    """Train shards -> models/lr, Delta lr_weights."""
+    field_map = read_field_map(config)
+    folder = config.workspace_path / "vectors"
+    with tracking.stage(config, parent, "lr") as run:
+        run.log_params(config.lr.model_dump())
+        run.set_tags({"fingerprint": field_map.fingerprint})
+        vectors_df = lr.shard_vectors(spark, config, field_map, "train", str(folder))
+        fit = lr.fit_lr(vectors_df, config)
+        lr.save_lr(fit, config, field_map)
+        levels_df = tables.read(spark, config, "vocabulary")
+        weights_df = lr.lr_weights_df(spark, fit, levels_df, field_map)
+        version = tables.write(weights_df, config, "lr_weights", ("field",))
+        for step, loss in enumerate(fit.loss_history):
+            run.log_metrics({"objective": loss}, step)
+        run.log_figure(figures.lr_loss(fit.loss_history), "lr_loss.svg")
+        run.set_tags({"lr_weights_version": str(version)})
+        per_pass = fit.seconds / max(fit.iterations, 1)
+        run.log_metrics({"iterations": fit.iterations, "seconds_per_epoch": per_pass})
+        return {
+            "seconds_per_epoch": per_pass,
+            "loss_history": fit.loss_history,
+            "run_id": run.run_id,
+            "summary": f"{fit.iterations} passes over {field_map.d:,} weights, objective "
+            f"{fit.loss_history[0]:.5f} -> {fit.loss_history[-1]:.5f}; table lr_weights",
+        }
+
+
+def train_lc_stage(
+    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
+) -> Facts:
+    """Train shards and models/lr -> models/<system>, one child run a system."""
+    trained: Facts = {}
+    field_map = read_field_map(config)
+    for system in config.systems:
+        if system.system == "lr":
+            continue
+        with tracking.stage(config, parent, system.name) as run:
+            run.log_params(config.training_of(system).model_dump(mode="json"))
+            run.set_tags({"fingerprint": field_map.fingerprint, "system": system.system})
+            result = launch.launch(spark, config, system, run.run_id)
+            run.log_figure(
+                figures.loss_by_epoch({system.name: evaluate.history(result)}), "loss.svg"
+            )
+            trained[system.name] = {**result, "run_id": run.run_id}
+        log.info(
+            "train_lc: %s: best epoch %s of %d, validation AUC %.4f; %s train rows = %s seen in an "
+            "epoch + %s left over",
+            system.name,
+            result["best_epoch"],
+            len(result["epochs"]),
+            result["best_valid_auc"],
+            f"{result['rows_per_epoch'] + result['rows_left_over']:,}",
+            f"{result['rows_per_epoch']:,}",
+            f"{result['rows_left_over']:,}",
+        )
+    return {"systems": trained, "summary": f"trained {', '.join(trained) or 'nothing'}"}
+
+
+def evaluate_stage(
+    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
+) -> Facts:
+    """Test shards and models -> Delta test_scores and evaluation, report, registered winner."""
+    with tracking.stage(config, parent, "evaluate") as run:
+        return evaluate.evaluate_systems(spark, config, run)
+
+
+def score_stage(
+    spark: SparkSession, config: Config, parent: str, date: datetime.date | None
+) -> Facts:
+    """Rows of raw (of a date, or all) and the champion -> Delta scores."""
+    with tracking.stage(config, parent, "score") as run:
+        model_uri = f"models:/{config.model_name}@champion"
+        bundle = tracking.download(config, model_uri)
+        raw_df = tables.read(spark, config, "raw")
+        condition = None if date is None else tables.date_condition("date", date)
+        rows_df = raw_df if condition is None else raw_df.where(condition)
+        scores_df = score.raw_scores_df(rows_df, bundle).withColumn(
+            "model", F.lit(f"models:/{config.model_name}/{tracking.version_of(config, model_uri)}")
+        )
+        version = tables.write(scores_df, config, "scores", ("date",), condition)
+        written_df = tables.read(spark, config, "scores", version)
+        n = (written_df if condition is None else written_df.where(condition)).count()
+        if n == 0:
+            raise LcSparkError(f"There are no rows in 'raw' for {date}: run 'ingest' for it first.")
+        run.log_metrics({"rows": n})
+        run.set_tags({"scores_version": str(version), "date": str(date or "all")})
+        return {"rows": n, "run_id": run.run_id, "summary": f"{n:,} rows scored into table scores"}
+
+
+def read_field_map(config: Config) -> FieldMap:
+    """Return the workspace's field map, after a look whether the shards are of it."""
+    field_map = FieldMap.read(config.workspace_path / "field_map.json")
+    require_same(field_map.fingerprint, read_manifest(config)["fingerprint"], "The shards")
+    return field_map
+
+
+STAGES: dict[str, Stage] = {
+    "ingest": ingest_stage,
+    "features": features_stage,
+    "train_lr": train_lr_stage,
+    "train_lc": train_lc_stage,
+    "evaluate": evaluate_stage,
+    "score": score_stage,
+}
+RUN_STAGES = ("ingest", "features", "train_lr", "train_lc", "evaluate")

@@ -1,0 +1,165 @@
+"""Turns results, row counts and curves into one HTML page, results.json and a terminal table."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich import box
+from rich.table import Table
+
+from lc_spark import figures
+from lc_spark.config import Config
+from lc_spark.errors import LcSparkError
+
+Numbers = Sequence[float]
+
+# Key of a result -> heading, how its number is written.
+COLUMNS = {
+    "auc": ("AUC", ".4f"),
+    "logloss": ("log loss", ".5f"),
+    "ne": ("normalised entropy", ".4f"),
+    "calibration": ("calibration", ".4f"),
+    "group_auc": ("group AUC", ".4f"),
+    "parameters": ("parameters", ",d"),
+    "seconds_per_epoch": ("seconds per epoch", ".1f"),
+}
+
+# What each metric means, in one line.
+METRICS = {
+    "AUC": "the chance that a positive row scores above a negative one; .5 is guessing, 1 is "
+    "perfect. Higher is better.",
+    "log loss": "the mean of -log(score given to what happened). Lower is better.",
+    "normalised entropy": "log loss divided by that of always predicting the average rate "
+    "(He et al., 2014); 1 is no better than the average. Lower is better.",
+    "calibration": "sum of scores divided by the number of positives. 1 is right; above 1 the "
+    "scores are too high.",
+    "group AUC": "AUC within each group, averaged by rows; what a ranking inside the group feels.",
+}
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """All that the report shows.
+
+    results: one dict a system, with system, auc, logloss, ne, calibration, group_auc (or None),
+    parameters, seconds_per_epoch (or None), train_rows, test_rows, run_id. top_fields: dicts of
+    field, kind, features, importance (the standard deviation over the train rows of what the field
+    adds to LR's logit). top_values: dicts of field, value, count, weight. The curves are what
+    ``figures`` takes.
+    """
+
+    results: list[dict[str, Any]]
+    rows: list[tuple[str, int]]
+    rejected: list[tuple[str, int]]
+    split: str
+    fingerprint: str
+    mlflow_command: str
+    roc: Mapping[str, tuple[Numbers, Numbers, float]] = field(default_factory=dict)
+    calibration: Mapping[str, tuple[Numbers, Numbers]] = field(default_factory=dict)
+    histories: Mapping[str, Mapping[str, Numbers]] = field(default_factory=dict)
+    lr_loss: Numbers = ()
+    top_fields: list[dict[str, Any]] = field(default_factory=list)
+    top_values: list[dict[str, Any]] = field(default_factory=list)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+
+def winner(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the system with the lowest log loss; the earlier one of equals.
+
+    Raises LcSparkError when there is no result with a log loss.
+    """
+    known = [result for result in results if not _absent(result["logloss"])]
+    if not known:
+        raise LcSparkError("No system has a log loss: run the stages 'train' and 'evaluate' first.")
+    return str(min(known, key=lambda result: result["logloss"])["system"])
+
+
+def write_report(config: Config, content: ReportContent) -> Path:
+    """Write report/index.html and report/results.json in the workspace; return the page's path.
+
+    The page is one file that loads nothing else. A number that is not defined is null in the JSON.
+    """
+    folder = config.workspace_path / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = [{k: None if _absent(v) else v for k, v in row.items()} for row in content.results]
+    text = json.dumps(results, indent=1, allow_nan=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    page = folder / "index.html"
+    page.write_text(_html(config, content), encoding="utf-8")
+    return page
+
+
+def _html(config: Config, content: ReportContent) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lc_spark"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = number
+    best = winner(content.results)
+    columns = _columns(content.results)
+    return environment.get_template("report.html").render(
+        name=config.name,
+        content=content,
+        best=next(row for row in content.results if row["system"] == best),
+        columns=columns,
+        metrics={k: v for k, v in METRICS.items() if k in dict(columns.values())},
+        figures=_figures(content),
+        largest=max((row["importance"] for row in content.top_fields), default=0.0),
+    )
+
+
+def _figures(content: ReportContent) -> list[tuple[str, Markup]]:
+    """Return (what it shows, SVG) of each figure that there is data for."""
+    made = []
+    if content.roc:
+        made.append(("ROC curves of the systems on the test split", figures.roc(content.roc)))
+    if content.calibration:
+        figure = figures.calibration(content.calibration)
+        made.append(("Predicted against observed rate by decile of the score", figure))
+    if content.histories:
+        made.append(("Log loss by epoch", figures.loss_by_epoch(content.histories)))
+    if content.lr_loss:
+        made.append(("Objective of LR by pass", figures.lr_loss(content.lr_loss)))
+    # The one text that is not escaped: matplotlib has escaped the names in it.
+    return [(what, Markup(figures.as_svg(figure))) for what, figure in made]
+
+
+def _columns(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Return the columns to show: all of them, but for group AUC where no system has one."""
+    grouped = any(not _absent(result.get("group_auc")) for result in results)
+    return {key: value for key, value in COLUMNS.items() if key != "group_auc" or grouped}
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def number(value: float | None, form: str) -> str:
+    """Write a number in a format such as ".4f"; a dash when it is not defined."""
+    if value is None or _absent(value):
+        return "–"
+    return format(int(value) if form.endswith("d") else value, form)
+
+
+def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the results as a table for the terminal, the winner marked by a star."""
+    best = winner(results)
+    table = Table(title="Results on the test split", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.caption = "* lowest log loss"
+    table.add_column("system")
+    columns = _columns(results)
+    for heading, _ in columns.values():
+        table.add_column(heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for result in results:
+        mark = " *" if result["system"] == best else ""
+        cells = [number(result.get(key), form) for key, (_, form) in columns.items()]
+        table.add_row(f"{result['system']}{mark}", *cells, style="bold" if mark else "")
+    return table

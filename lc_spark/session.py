@@ -1,0 +1,101 @@
+"""Makes the SparkSession with Delta, after checking what a new machine may lack."""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pyspark import SparkConf
+from pyspark.errors import PySparkRuntimeError
+from pyspark.sql import SparkSession
+
+from lc_spark.config import Config
+from lc_spark.errors import LcSparkError
+
+OLDEST_JAVA = 17
+
+# conf/spark.conf gives spark-submit the same; a test holds them together.
+SETTINGS = {
+    "spark.jars.packages": "io.delta:delta-spark_2.13:4.0.1",
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    # A row that an expression cannot take must become null and be counted, not end the job.
+    "spark.sql.ansi.enabled": "false",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "65536",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    "spark.sql.parquet.compression.codec": "zstd",
+    "spark.sql.shuffle.partitions": "16",
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.ui.showConsoleProgress": "true",
+}
+
+
+def start(config: Config) -> SparkSession:
+    """Return the session: spark-submit's if there is one, else a local one with SETTINGS.
+
+    Raises LcSparkError when Java or memory is missing, or Spark cannot start.
+    """
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    check_java()
+    conf = SparkConf()
+    if not conf.contains("spark.master"):
+        check_memory(config.spark.driver_memory)
+        conf.setMaster(config.spark.master or _local_master(config))
+        conf.set("spark.driver.memory", config.spark.driver_memory)
+        # Loopback: nothing of a local run is reachable from outside.
+        conf.set("spark.driver.bindAddress", "127.0.0.1").set("spark.driver.host", "127.0.0.1")
+    for key, value in {**SETTINGS, **config.spark.settings}.items():
+        conf.setIfMissing(key, value)
+    builder = SparkSession.builder.config(conf=conf).appName(f"lc_spark {config.name}")
+    try:
+        spark = builder.getOrCreate()
+    except PySparkRuntimeError as error:
+        raise LcSparkError(
+            "Spark did not start (its own words stand above). The usual cause is that "
+            f"{SETTINGS['spark.jars.packages']} could not be fetched from Maven Central: check "
+            "the network, or give the three Delta jars by spark.settings in the config "
+            "('spark.jars': paths, 'spark.jars.packages': '')."
+        ) from error
+    spark.sparkContext.setLogLevel("ERROR")
+    logging.getLogger("py4j").setLevel(logging.WARNING)
+    return spark
+
+
+def _local_master(config: Config) -> str:
+    ranks = max(config.training_of(system).ranks for system in config.systems)
+    return f"local[{max(os.cpu_count() or 1, ranks)}]"
+
+
+def check_java() -> None:
+    """Raise LcSparkError unless a Java that Spark 4 runs on is found."""
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    advice = f"Install Java {OLDEST_JAVA} (Debian: openjdk-17-jre-headless) or set JAVA_HOME to it."
+    if java is None or not Path(java).is_file():
+        found = f"JAVA_HOME is {home}, which has no bin/java" if home else "No java was found"
+        raise LcSparkError(f"{found}. {advice}")
+    said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
+    match = re.search(r'version "(\d+)(?:\.(\d+))?', said)
+    if match is None:
+        raise LcSparkError(f"{java} does not tell its version. {advice}")
+    version = int(match[2]) if match[1] == "1" and match[2] else int(match[1])
+    if version < OLDEST_JAVA:
+        raise LcSparkError(
+            f"Spark 4 needs Java {OLDEST_JAVA} or later, {java} is {version}. {advice}"
+        )
+
+
+def check_memory(driver_memory: str) -> None:
+    """Raise LcSparkError when the machine has less memory than the driver is to take."""
+    wanted = int(driver_memory[:-1]) * (1024 if driver_memory[-1] == "g" else 1)
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    if wanted > present * 0.9:
+        raise LcSparkError(
+            f"spark.driver_memory is {driver_memory}, but this machine has {present} MiB: set it "
+            f"to {int(present * 0.6)}m or less (--set spark.driver_memory=...)."
+        )

@@ -1,0 +1,93 @@
+"""The only reader and writer of Delta: the tables under ``workspace/tables``."""
+
+import datetime
+from typing import Literal
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+
+from lc_spark.config import Config
+from lc_spark.errors import LcSparkError
+
+TableName = Literal[
+    "raw", "rejected", "vocabulary", "lr_weights", "test_scores", "evaluation", "scores"
+]
+
+WRITTEN_BY = {
+    "raw": "ingest",
+    "rejected": "ingest",
+    "vocabulary": "features",
+    "lr_weights": "train_lr",
+    "test_scores": "evaluate",
+    "evaluation": "evaluate",
+    "scores": "score",
+}
+
+
+def path_of(config: Config, name: TableName) -> str:
+    """Return the folder of a table."""
+    return str(config.workspace_path / "tables" / name)
+
+
+def exists(spark: SparkSession, config: Config, name: TableName) -> bool:
+    """Return whether the table was ever written."""
+    return DeltaTable.isDeltaTable(spark, path_of(config, name))
+
+
+def read(
+    spark: SparkSession, config: Config, name: TableName, version: int | None = None
+) -> DataFrame:
+    """Return a table, as it is or as it was at a version.
+
+    Raises LcSparkError, with the stage to run, when it does not exist.
+    """
+    if not exists(spark, config, name):
+        raise LcSparkError(
+            f"There is no table '{name}' in {config.workspace}: run the stage "
+            f"'{WRITTEN_BY[name]}' first."
+        )
+    reader = spark.read.format("delta")
+    if version is not None:
+        reader = reader.option("versionAsOf", version)
+    return reader.load(path_of(config, name))
+
+
+def write(
+    df: DataFrame,
+    config: Config,
+    name: TableName,
+    partition_by: tuple[str, ...] = (),
+    replace_where: str | None = None,
+) -> int:
+    """Overwrite a table, or only the rows that a condition owns, in one commit.
+
+    Returns the version that the commit made.
+    """
+    writer = df.write.format("delta").mode("overwrite").partitionBy(*partition_by)
+    path = path_of(config, name)
+    if replace_where is not None and exists(df.sparkSession, config, name):
+        writer = writer.option("replaceWhere", replace_where)
+    else:
+        writer = writer.option("overwriteSchema", "true")
+    writer.save(path)
+    return version(df.sparkSession, config, name)
+
+
+def version(spark: SparkSession, config: Config, name: TableName) -> int:
+    """Return the present version of a table."""
+    row = DeltaTable.forPath(spark, path_of(config, name)).history(1).select("version").first()
+    if row is None:
+        raise LcSparkError(f"The table '{name}' in {config.workspace} has no history.")
+    return int(row[0])
+
+
+def date_condition(column: str, day: datetime.date) -> str:
+    """Return the replaceWhere condition of one day's partition."""
+    return f"{column} = DATE'{day.isoformat()}'"
+
+
+def read_delta(spark: SparkSession, path: str) -> DataFrame:
+    """Return somebody else's Delta table, as a source of raw rows."""
+    if not DeltaTable.isDeltaTable(spark, path):
+        raise LcSparkError(f"source.path: there is no Delta table at '{path}'.")
+    return spark.read.format("delta").load(path)

@@ -1,0 +1,189 @@
+"""Turns Parquet shards into batches of model input; the only file that imports petastorm.
+
+Each rank reads the row groups i with i mod world_size = rank, through one reader thread: with one
+the order is the same every time, and reading overlaps the training step.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lc_spark.errors import LcSparkError
+from lc_spark.field_map import FieldMap, require_same
+from lc_spark.training.models import to_tensors
+
+with warnings.catch_warnings():
+    # petastorm 0.13 imports what pyarrow and setuptools have deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore", FutureWarning)
+    from petastorm import make_batch_reader
+
+MANIFEST_FILE = "manifest.json"
+
+
+class Batch(NamedTuple):
+    """Rows as the models take them: [B, C], [B, C] or None, [B], [B]."""
+
+    ids: Tensor  # int64, global
+    values: Tensor | None  # float32
+    labels: Tensor  # float32
+    row_ids: Tensor  # int64
+
+
+def read_manifest(shards: Path, field_map: FieldMap) -> dict[str, Any]:
+    """Read the shards' manifest; refuses shards that were made with another field map."""
+    path = shards / MANIFEST_FILE
+    if not path.is_file():
+        raise LcSparkError(f"There is no {path}: run the features stage first.")
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    require_same(field_map.fingerprint, manifest["fingerprint"], f"The manifest {path}")
+    return manifest
+
+
+def steps_per_epoch(manifest: dict[str, Any], world_size: int, batch_size: int) -> int:
+    """Return the number of batches that every rank can fill from its own train rows.
+
+    world_size * batch_size rows a step; what is left over differs from epoch to epoch, since the
+    order does. Raises LcSparkError when a rank cannot fill one batch.
+    """
+    groups = manifest["splits"]["train"]["row_groups"]
+    rows = min(sum(groups[rank::world_size]) for rank in range(world_size))
+    if rows < batch_size:
+        raise LcSparkError(
+            f"training.batch_size is {batch_size}, but of {sum(groups):,} train rows in "
+            f"{len(groups)} row groups one of {world_size} ranks gets only {rows:,}. Lower "
+            "training.batch_size, or training.ranks, or shards.rows_per_group."
+        )
+    return int(rows // batch_size)
+
+
+def training_batches(
+    shards: Path,
+    manifest: dict[str, Any],
+    field_map: FieldMap,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """Yield exactly steps_per_epoch batches of batch_size train rows to a rank.
+
+    Row groups, and rows within each, come in an order drawn from (seed, epoch).
+    """
+    steps = steps_per_epoch(manifest, world_size, batch_size)
+    files = _files(shards, manifest, "train")[rank::world_size]
+    random = np.random.default_rng([seed % 2**32, epoch, rank])
+    # petastorm takes a seed of 0 for none.
+    reader_seed = int(random.integers(1, 2**31))
+    parts: list[Batch] = []
+    for group in _row_groups(files, field_map, reader_seed):
+        order = torch.from_numpy(random.permutation(len(group.labels)))
+        parts.append(_select(group, order))
+        rows = _concatenate(parts)
+        at = 0
+        while len(rows.labels) - at >= batch_size:
+            yield _select(rows, slice(at, at + batch_size))
+            at += batch_size
+            steps -= 1
+            if steps == 0:
+                return
+        parts = [_select(rows, slice(at, None))]
+
+
+def evaluation_batches(
+    shards: Path,
+    manifest: dict[str, Any],
+    field_map: FieldMap,
+    split: str,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+) -> Iterator[Batch]:
+    """Yield every row of a split once over all ranks, in the order of the files.
+
+    Finite, with batches of at most batch_size rows; a rank may get more batches than another, or
+    none, so nothing in the loop over them may wait for other ranks.
+    """
+    files = _files(shards, manifest, split)[rank::world_size]
+    expected = manifest["splits"][split]["row_groups"][rank::world_size]
+    expected = [rows for rows in expected if rows > 0]
+    if not expected:
+        return
+    # zip asks for the next expected size first: it ends without waiting for one group too many.
+    for rows, group in zip(expected, _row_groups(files, field_map, None), strict=False):
+        if len(group.labels) != rows:
+            raise LcSparkError(
+                f"A row group of {shards}/split={split} has {len(group.labels)} rows, the manifest "
+                f"says {rows}: run the features stage again."
+            )
+        for at in range(0, rows, batch_size):
+            yield _select(group, slice(at, at + batch_size))
+
+
+def _files(shards: Path, manifest: dict[str, Any], split: str) -> list[Path]:
+    folder = shards / f"split={split}"
+    files = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
+    expected = len(manifest["splits"][split]["row_groups"])
+    if len(files) != expected:
+        raise LcSparkError(
+            f"{folder} has {len(files)} part files, the manifest says {expected}: run the features "
+            "stage again."
+        )
+    return files
+
+
+def _row_groups(
+    files: Sequence[Path], field_map: FieldMap, shuffle_seed: int | None
+) -> Iterator[Batch]:
+    """Yield the row groups of the files without end: in order, or shuffled by the seed.
+
+    Never a finite reader: petastorm 0.13 may take its ventilator for done between two of its own
+    checks and drop the last row groups without a word. The callers count what they need.
+    """
+    names = ["label", "row_id", *(info.name for info in field_map.fields)]
+    # Its reader thread calls pyarrow's legacy dataset for every row group; the pin to pyarrow 14 is
+    # known. Not in a `with`: that would end before the thread does.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"petastorm\.")
+    reader = make_batch_reader(
+        [f"file://{path}" for path in files],
+        schema_fields=names,
+        reader_pool_type="thread",
+        workers_count=1,
+        shuffle_row_groups=shuffle_seed is not None,
+        seed=shuffle_seed,
+        num_epochs=None,
+        convert_early_to_numpy=True,
+    )
+    try:
+        for group in reader:
+            columns = group._asdict()
+            ids, values = to_tensors(columns, field_map)
+            labels = torch.from_numpy(np.array(columns["label"], np.float32))
+            row_ids = torch.from_numpy(np.array(columns["row_id"], np.int64))
+            yield Batch(ids, values, labels, row_ids)
+    finally:
+        reader.stop()
+        reader.join()
+
+
+def _select(batch: Batch, rows: slice | Tensor) -> Batch:
+    values = None if batch.values is None else batch.values[rows]
+    return Batch(batch.ids[rows], values, batch.labels[rows], batch.row_ids[rows])
+
+
+def _concatenate(parts: Sequence[Batch]) -> Batch:
+    values = [part.values for part in parts if part.values is not None]
+    return Batch(
+        torch.cat([part.ids for part in parts]),
+        torch.cat(values) if values else None,
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.row_ids for part in parts]),
+    )

@@ -1,0 +1,66 @@
+"""Turns encoded or raw rows into scores with a stored model; needs no Spark and no MLflow."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from lc_spark.encoder import Vocabulary, encode, prepare_pandas
+from lc_spark.field_map import FieldMap, require_same
+from lc_spark.training import models
+
+CHUNK_ROWS = 8192  # rows scored at once: bounds the memory of the hidden layers
+
+
+class Scorer:
+    """A bundle, ready to score: field map, vocabulary and model with one fingerprint."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read a bundle folder; raises LcSparkError when its parts do not belong together."""
+        self.field_map = FieldMap.read(folder / "field_map.json")
+        self.vocabulary = Vocabulary.from_arrow(pq.read_table(folder / "vocabulary.parquet"))
+        self.model, description = models.load(folder)
+        require_same(self.field_map.fingerprint, description["fingerprint"], "The model")
+
+    def score_pandas(self, raw: pd.DataFrame) -> NDArray[np.float64]:
+        """Return the scores [n] of raw rows; a missing column is a missing value in every row."""
+        return self.score_prepared(prepare_pandas(raw, self.field_map))
+
+    def score_prepared(self, columns: Mapping[str, pa.Array]) -> NDArray[np.float64]:
+        """Return the scores [n] of prepared columns (see encoder.encode)."""
+        encoded = encode(columns, self.field_map, self.vocabulary)
+        return score_encoded(self.model, encoded, self.field_map)
+
+
+def score_encoded(
+    model: models.Network, encoded: Mapping[str, NDArray[Any]], field_map: FieldMap
+) -> NDArray[np.float64]:
+    """Return the scores [n] of encoded columns; the sigmoid is taken in float64."""
+    ids, values = models.to_tensors(encoded, field_map)
+    logits = []
+    with torch.inference_mode():
+        for start in range(0, len(ids), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            logits.append(model(ids[rows], None if values is None else values[rows]))
+    if not logits:
+        return np.zeros(0)
+    return torch.cat(logits).double().sigmoid().numpy()
+
+
+def encoded_columns(batch: pa.RecordBatch, field_map: FieldMap) -> dict[str, NDArray[Any]]:
+    """Return the encoded columns of a batch of a shard, as encoder.encode returned them."""
+    columns = {}
+    for info in field_map.fields:
+        column = batch.column(info.name)
+        if info.kind == "multivalued":
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            columns[info.name] = flat.reshape(-1, info.max_values)
+        else:
+            columns[info.name] = column.to_numpy(zero_copy_only=False)
+    return columns

@@ -1,0 +1,111 @@
+"""Turns torchrun's environment variables into this rank's place among the others.
+
+The only file that starts or ends a process group; the collectives that the others need are methods.
+"""
+
+import os
+import socket
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lc_spark.errors import LcSparkError
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank of several; each method but `say` is a collective, called by every rank."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Set the tensor to its mean over ranks and return it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return every rank's part [n_rank, ...] one after the other, the same on each rank.
+
+        The parts may differ in length: they travel padded to the longest.
+        """
+        if self.size == 1:
+            return part
+        length = torch.tensor([len(part)], device=part.device)
+        lengths = [torch.empty_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        counts = [int(n) for n in lengths]
+        padded = part.new_zeros(max(counts), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
+
+    def from_rank_0(self, number: int) -> int:
+        """Return the number that rank 0 has."""
+        tensor = torch.tensor([number], device=self.device)
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return int(tensor)
+
+    def say(self, text: str) -> None:
+        """Print a line, once: on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Enter the group of ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    device is cpu (gloo) or cuda (nccl). Without the variables this process is the only rank. The
+    ranks of a host share its cores: torch gets cores // ranks threads.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise LcSparkError("training.device is cuda, but torch finds no GPU: set it to cpu.")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    world = World(rank, size, torch.device(device))
+    threads = torch.get_num_threads()
+    if size > 1:
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    try:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_host(world)))
+        yield world
+    finally:
+        torch.set_num_threads(threads)
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _ranks_on_this_host(world: World) -> int:
+    host = torch.tensor([zlib.crc32(socket.gethostname().encode())], device=world.device)
+    return int((world.gather(host) == host).sum())
+
+
+class LineStream:
+    """A text stream for progress bars that ends each state of the bar with a newline.
+
+    TorchDistributor passes output on line by line: a bar that goes back by \\r would come all at
+    once, at its end.
+    """
+
+    def write(self, text: str) -> None:
+        """Write the bar's state as a line."""
+        if text.strip():
+            print(text.strip(), file=sys.stdout)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        sys.stdout.flush()

@@ -1,0 +1,154 @@
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lc_spark.training.optim import RowAdam, sum_by_id
+from lc_spark.training.world import World, joined
+
+D, K, RATE, DECAY = 50, 3, 0.05, 0.1
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def make_steps(steps: int = 6, rows: int = 40) -> list[tuple[Tensor, Tensor]]:
+    """Return ids [rows], few of them frequent, and gradients [rows, K], for each step."""
+    random = np.random.default_rng(1)
+    return [
+        (
+            torch.from_numpy((D * random.random(rows) ** 3).astype(np.int64)),
+            torch.from_numpy(random.normal(size=(rows, K)).astype(np.float32)),
+        )
+        for _ in range(steps)
+    ]
+
+
+def start() -> Tensor:
+    return torch.from_numpy(np.random.default_rng(2).normal(size=(D, K)).astype(np.float32))
+
+
+def dense_reference(steps: list[tuple[Tensor, Tensor]], decay: float) -> NDArray[Any]:
+    """Adam over a whole dense gradient, but for rows that the step does not name."""
+    table = start().double().numpy()
+    first, second = np.zeros((D, K)), np.zeros((D, K))
+    for t, (ids, gradients) in enumerate(steps, 1):
+        dense = np.zeros((D, K))
+        np.add.at(dense, ids.numpy(), gradients.double().numpy())
+        there = np.isin(np.arange(D), ids.numpy())[:, None]
+        first = np.where(there, 0.9 * first + 0.1 * dense, first)
+        second = np.where(there, 0.999 * second + 0.001 * dense**2, second)
+        rate = RATE / t * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        updated = table * (1 - RATE / t * decay) - rate * first / (np.sqrt(second) + 1e-8)
+        table = np.where(there, updated, table)
+    return table
+
+
+def update(
+    table: Tensor, steps: list[tuple[Tensor, Tensor]], decay: float, world: World
+) -> RowAdam:
+    adam = RowAdam([table], RATE, decay, world)
+    for t, (ids, gradients) in enumerate(steps, 1):
+        adam.step(ids, [gradients], factor=1 / t)
+    return adam
+
+
+@pytest.mark.parametrize("decay", [0.0, DECAY])
+def test_rows_present_move_as_under_dense_adam_and_others_stand_still(decay: float) -> None:
+    table, steps = start(), make_steps()
+    update(table, steps, decay, ALONE)
+    np.testing.assert_allclose(table.numpy(), dense_reference(steps, decay), rtol=1e-4, atol=1e-5)
+    absent = np.setdiff1d(np.arange(D), np.concatenate([ids.numpy() for ids, _ in steps]))
+    assert len(absent) > 0
+    assert torch.equal(table[absent], start()[absent])
+
+
+def test_without_decay_it_is_torchs_sparse_adam() -> None:
+    table, steps = start(), make_steps()
+    update(table, steps, 0.0, ALONE)
+    parameter = torch.nn.Parameter(start())
+    reference = torch.optim.SparseAdam([parameter], lr=RATE)
+    for t, (ids, gradients) in enumerate(steps, 1):
+        reference.param_groups[0]["lr"] = RATE / t
+        parameter.grad = torch.sparse_coo_tensor(
+            ids[None], gradients, (D, K), check_invariants=True
+        )
+        reference.step()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(table, parameter.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_tables_that_share_ids_move_as_each_alone() -> None:
+    steps = make_steps()
+    left, right = start()[:, :1].clone(), start()[:, 1:].clone()
+    adam = RowAdam([left, right], RATE, DECAY, ALONE)
+    for t, (ids, gradients) in enumerate(steps, 1):
+        adam.step(ids, [gradients[:, :1], gradients[:, 1:]], factor=1 / t)
+    together = start()
+    update(together, steps, DECAY, ALONE)
+    assert torch.equal(torch.cat([left, right], dim=1), together)
+
+
+def test_gradients_of_one_id_are_summed() -> None:
+    distinct, sums = sum_by_id(
+        torch.tensor([7, 2, 7, 7]), torch.tensor([[1.0, 0.5], [2.0, 2.0], [4.0, -1.0], [8.0, 0.0]])
+    )
+    assert distinct.tolist() == [2, 7]
+    assert sums.tolist() == [[2.0, 2.0], [13.0, -0.5]]
+
+
+def test_a_step_without_ids_changes_nothing() -> None:
+    table = start()
+    adam = RowAdam([table], RATE, DECAY, ALONE)
+    adam.step(torch.empty(0, dtype=torch.int64), [torch.empty(0, K)], factor=1.0)
+    assert torch.equal(table, start())
+
+
+def test_goes_on_from_a_saved_state_bit_for_bit() -> None:
+    steps = make_steps()
+    table = start()
+    whole = update(table.clone(), steps, DECAY, ALONE)
+    before = update(table, steps[:3], DECAY, ALONE)
+    after = RowAdam([table], RATE, DECAY, ALONE)
+    after.load_state({name: tensor.clone() for name, tensor in before.state().items()})
+    for t, (ids, gradients) in enumerate(steps[3:], 4):
+        after.step(ids, [gradients], factor=1 / t)
+    assert torch.equal(after.tables[0], whole.tables[0])
+    assert torch.equal(after.second[0], whole.second[0])
+
+
+def _run_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Unequal parts: rank 0 has 10 rows of a step, rank 1 the other 30. The mean over ranks of the
+    # sums is half the sum over all rows, hence the factor 2.
+    part = slice(0, 10) if rank == 0 else slice(10, 40)
+    steps = [(ids[part], 2 * gradients[part]) for ids, gradients in make_steps()]
+    table = start()
+    with joined("cpu") as world:
+        update(table, steps, DECAY, world)
+    save_file({"table": table}, folder / f"{rank}.safetensors")
+
+
+@pytest.mark.slow
+def test_two_ranks_with_parts_of_a_step_move_as_one_with_all_of_it(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_run_rank, args=(r, 2, port, tmp_path)) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=120)
+        assert rank.exitcode == 0
+    tables = [load_file(tmp_path / f"{rank}.safetensors")["table"] for rank in range(2)]
+    assert torch.equal(tables[0], tables[1])
+    alone = start()
+    update(alone, make_steps(), DECAY, ALONE)
+    torch.testing.assert_close(tables[0], alone, rtol=1e-5, atol=1e-6)
