@@ -1,6 +1,6 @@
 """Delta raw to the field map, Delta vocabulary and the shards.
 
-spark-submit --properties-file conf/spark.conf jobs/build_features.py --config conf/flights.yaml [--date D]
+spark-submit --properties-file conf/spark.conf jobs/build_features.py --config FILE [--date D]
 """
 
 from lc_spark.cli import job

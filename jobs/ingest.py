@@ -1,6 +1,6 @@
 """Source rows of a day, or all, to Delta raw and rejected.
 
-spark-submit --properties-file conf/spark.conf jobs/ingest.py --config conf/flights.yaml [--date D]
+spark-submit --properties-file conf/spark.conf jobs/ingest.py --config FILE [--date D]
 """
 
 from lc_spark.cli import job

@@ -1,6 +1,6 @@
 """Raw rows of a day, or all, and the champion to Delta scores.
 
-spark-submit --properties-file conf/spark.conf jobs/score.py --config conf/flights.yaml [--date D]
+spark-submit --properties-file conf/spark.conf jobs/score.py --config FILE [--date D]
 """
 
 from lc_spark.cli import job

@@ -1,6 +1,6 @@
 """Train shards and LR weights to the LC models, by TorchDistributor.
 
-spark-submit --properties-file conf/spark.conf jobs/train_lc.py --config conf/flights.yaml [--date D]
+spark-submit --properties-file conf/spark.conf jobs/train_lc.py --config FILE [--date D]
 """
 
 from lc_spark.cli import job

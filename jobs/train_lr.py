@@ -1,6 +1,6 @@
 """Train shards to the LR model and Delta lr_weights.
 
-spark-submit --properties-file conf/spark.conf jobs/train_lr.py --config conf/flights.yaml [--date D]
+spark-submit --properties-file conf/spark.conf jobs/train_lr.py --config FILE [--date D]
 """
 
 from lc_spark.cli import job

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
 from lc_spark import config as configs
 from lc_spark.errors import LcSparkError
@@ -86,8 +85,7 @@ def main() -> None:
 
 def _main(command: Callable[[], None]) -> None:
     """Run a command; an error that users are meant to read is printed without a stack trace."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("lc_spark").setLevel(logging.INFO)
     try:
         command()

@@ -36,7 +36,7 @@ def flights() -> pd.DataFrame:
     ).drop(columns="time_hour")
     planes = nyc.planes.rename(columns={"year": "plane_year", "type": "plane_type"})
     airports = nyc.airports.rename(columns={"faa": "dest", "lat": "dest_lat", "lon": "dest_lon"})
-    joined = (
+    joined: pd.DataFrame = (
         flights_df.assign(weekday=weekday)
         .merge(weather, how="left", on=["origin", "hour_of_departure"])
         .merge(planes.drop(columns="speed"), how="left", on="tailnum")
@@ -48,9 +48,8 @@ def flights() -> pd.DataFrame:
             "changed; install the version in requirements.lock."
         )
     # What is known only after departure stays out, but for what the label and the rejects need.
-    return joined.drop(columns=["dep_delay", "arr_time", "air_time", "time_hour", "year"]).drop(
-        columns="hour_of_departure"
-    )
+    late = ["dep_delay", "arr_time", "air_time"]
+    return joined.drop(columns=[*late, "year", "time_hour", "hour_of_departure"])
 
 
 def materialize(dataset: str, folder: Path) -> Path:

@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from numpy.typing import NDArray
 
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import MISSING, OUT_OF_VOCABULARY, PADDING, FieldInfo, FieldMap
@@ -27,11 +28,11 @@ SPARK_HASH_SEED = 42  # of Spark's xxhash64; the same bytes give the same hash o
 class Vocabulary:
     """Hash (or cross key) -> index, by field: two arrays each, sorted by hash."""
 
-    entries: Mapping[str, tuple[np.ndarray, np.ndarray]]  # int64 hashes, int32 indices
+    entries: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]  # int64 hashes, int32 indices
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Vocabulary":
-        """Read a table of (field string, hash int64, index int32); rows without hash are skipped."""
+        """Read a table of (field string, hash int64, index int32); no hash, no entry."""
         entries = {}
         table = table.filter(pc.is_valid(table["hash"]))
         for name in pc.unique(table["field"]).to_pylist():
@@ -60,11 +61,11 @@ class Vocabulary:
         content = hashes.astype("<i8").tobytes() + indices.astype("<i4").tobytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
-    def of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return a field's hashes and indices; empty when it has none."""
         return self.entries.get(name, (np.zeros(0, np.int64), np.zeros(0, np.int32)))
 
-    def look_up(self, name: str, hashes: np.ndarray) -> np.ndarray:
+    def look_up(self, name: str, hashes: NDArray[Any]) -> NDArray[Any]:
         """Return int32 indices of int64 hashes; what is not in the vocabulary gets 1."""
         known, indices = self.of(name)
         if not len(known):
@@ -76,7 +77,7 @@ class Vocabulary:
 
 def encode(
     columns: Mapping[str, pa.Array], field_map: FieldMap, vocabulary: Vocabulary
-) -> dict[str, np.ndarray]:
+) -> dict[str, NDArray[Any]]:
     """Encode prepared columns, one entry a field that is no cross.
 
     columns holds int64 hashes (categorical), lists of them (multivalued) or float64 (bucketed,
@@ -84,7 +85,7 @@ def encode(
     padded with -1 for multivalued fields, float32 [n] standardised values (NaN = missing) for
     continuous ones.
     """
-    encoded: dict[str, np.ndarray] = {}
+    encoded: dict[str, NDArray[Any]] = {}
     for info in field_map.fields:
         if info.kind == "crossed":
             encoded[info.name] = _encode_cross(info, encoded, field_map, vocabulary)
@@ -99,20 +100,20 @@ def encode(
     return encoded
 
 
-def _indices_of(info: FieldInfo, hashes: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+def _indices_of(info: FieldInfo, hashes: NDArray[Any], vocabulary: Vocabulary) -> NDArray[Any]:
     if info.hashed is None:
         return vocabulary.look_up(info.name, hashes)
     return (hashes.view(np.uint64) % np.uint64(info.hashed) + np.uint64(1)).astype(np.int32)
 
 
-def _encode_categorical(info: FieldInfo, column: pa.Array, vocabulary: Vocabulary) -> np.ndarray:
+def _encode_categorical(info: FieldInfo, column: pa.Array, vocabulary: Vocabulary) -> NDArray[Any]:
     hashes = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
     indices = _indices_of(info, hashes, vocabulary)
     indices[pc.is_null(column).to_numpy(zero_copy_only=False)] = MISSING
     return indices
 
 
-def _encode_multivalued(info: FieldInfo, column: pa.Array, vocabulary: Vocabulary) -> np.ndarray:
+def _encode_multivalued(info: FieldInfo, column: pa.Array, vocabulary: Vocabulary) -> NDArray[Any]:
     padded = np.full((len(column), info.max_values), PADDING, np.int32)
     flat = pc.list_flatten(column).to_numpy(zero_copy_only=False)
     rows = pc.list_parent_indices(column).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -128,25 +129,27 @@ def _encode_multivalued(info: FieldInfo, column: pa.Array, vocabulary: Vocabular
     return padded
 
 
-def _numbers(column: pa.Array) -> np.ndarray:
-    return pc.fill_null(column, math.nan).to_numpy(zero_copy_only=False)
+def _numbers(column: pa.Array) -> NDArray[Any]:
+    numbers: NDArray[Any] = pc.fill_null(column, math.nan).to_numpy(zero_copy_only=False)
+    return numbers
 
 
-def _encode_bucketed(info: FieldInfo, column: pa.Array) -> np.ndarray:
+def _encode_bucketed(info: FieldInfo, column: pa.Array) -> NDArray[Any]:
     values = _numbers(column)
     buckets = 1 + np.searchsorted(np.asarray(info.cut_points), values, side="right")
     return np.where(np.isnan(values), MISSING, buckets).astype(np.int32)
 
 
-def _encode_continuous(info: FieldInfo, column: pa.Array) -> np.ndarray:
+def _encode_continuous(info: FieldInfo, column: pa.Array) -> NDArray[Any]:
     # Clipped to the fitted range: one outlier or an infinity must not swamp the field sums.
     values = np.clip(_numbers(column), info.low, info.high)
-    return ((values - info.mean) / info.sd).astype(np.float32)
+    standardised: NDArray[Any] = ((values - info.mean) / info.sd).astype(np.float32)
+    return standardised
 
 
 def cross_keys(
-    info: FieldInfo, encoded: Mapping[str, np.ndarray], field_map: FieldMap
-) -> np.ndarray:
+    info: FieldInfo, encoded: Mapping[str, NDArray[Any]], field_map: FieldMap
+) -> NDArray[Any]:
     """Return the int64 keys of a cross: its parents' indices as digits of mixed radix.
 
     Two different combinations never share a key; 0 means that every parent is missing.
@@ -168,14 +171,17 @@ def check_cross_fits(info: FieldInfo, field_map: FieldMap) -> None:
 
 
 def _encode_cross(
-    info: FieldInfo, encoded: Mapping[str, np.ndarray], field_map: FieldMap, vocabulary: Vocabulary
-) -> np.ndarray:
+    info: FieldInfo,
+    encoded: Mapping[str, NDArray[Any]],
+    field_map: FieldMap,
+    vocabulary: Vocabulary,
+) -> NDArray[Any]:
     keys = cross_keys(info, encoded, field_map)
     mixed = keys if info.hashed is None else _mix(keys)
     return np.where(keys == 0, MISSING, _indices_of(info, mixed, vocabulary)).astype(np.int32)
 
 
-def _mix(keys: np.ndarray) -> np.ndarray:
+def _mix(keys: NDArray[Any]) -> NDArray[Any]:
     """Spread int64 keys over all 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
     z = keys.view(np.uint64).copy()
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -203,13 +209,20 @@ def prepare_pandas(raw: pd.DataFrame, field_map: FieldMap) -> dict[str, pa.Array
         elif info.kind == "categorical":
             prepared[info.name] = pa.array(_hashes(values, info), pa.int64())
         else:
-            lists = [_hashes(pd.Series(_split(v, info), dtype=object), info) for v in values]
+            lists = [
+                [
+                    h
+                    for h in _hashes(pd.Series(_split(v, info), dtype=object), info)
+                    if h is not None
+                ]
+                for v in values
+            ]
             prepared[info.name] = pa.array(lists, pa.list_(pa.int64()))
     return prepared
 
 
 def _split(value: Any, info: FieldInfo) -> list[Any]:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return []
     if info.delimiter is not None and isinstance(value, str):
         return value.split(info.delimiter)
@@ -219,10 +232,10 @@ def _split(value: Any, info: FieldInfo) -> list[Any]:
 
 
 def _hashes(values: pd.Series, info: FieldInfo) -> list[int | None]:
-    codes, uniques = pd.factorize(values.astype(object))
     element_type = info.column_type.removeprefix("array<").removesuffix(">")
     text = _TEXT_OF.get(element_type, _integer_text)
     try:
+        codes, uniques = pd.factorize(values.astype(object))
         texts = [text(value) for value in uniques]
     except (ValueError, TypeError) as error:
         raise LcSparkError(
@@ -236,7 +249,7 @@ def hash_text(text: str) -> int | None:
     """Return Spark's xxhash64 of a string, as signed 64 bits; None for the empty string."""
     if text == "":
         return None
-    value = xxhash.xxh64_intdigest(text.encode(), SPARK_HASH_SEED)
+    value = xxhash.xxh64_intdigest(text.encode(errors="replace"), SPARK_HASH_SEED)
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -261,7 +274,9 @@ def _boolean_text(value: Any) -> str:
 def _date_text(value: Any) -> str:
     if isinstance(value, str):
         return datetime.date.fromisoformat(value[:10]).isoformat()
-    return str(value.isoformat()[:10])
+    if not isinstance(value, datetime.date):
+        raise ValueError(f"{value!r} is not a date")
+    return value.isoformat()[:10]
 
 
 _TEXT_OF: dict[str, Callable[[Any], str]] = {

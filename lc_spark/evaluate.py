@@ -15,6 +15,7 @@ from lc_spark.config import Config, System
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.facts import Facts
 from lc_spark.field_map import FieldMap
+from lc_spark.metrics import Bucket, Metrics
 from lc_spark.score import shard_scores_df
 from lc_spark.tracking import StageRun
 from lc_spark.training import lr, models
@@ -98,7 +99,8 @@ def _scores_df(spark: SparkSession, config: Config, field_map: FieldMap, split: 
         raw_df = tables.read(spark, config, "raw")
         if group not in raw_df.columns:
             raise LcSparkError(
-                f"evaluation.group is '{group}', which the table lacks.{nearest(group, raw_df.columns)}"
+                f"evaluation.group is '{group}', which the table lacks."
+                f"{nearest(group, raw_df.columns)} It has: {', '.join(raw_df.columns)}"
             )
         # Equal rows share an id, and so their group.
         group_df = raw_df.select("row_id", F.col(f"`{group}`").cast("string").alias("group"))
@@ -122,9 +124,9 @@ class Evaluated:
     """One system on the test rows, and its validation log loss."""
 
     system: System
-    metrics: metrics.Metrics
+    metrics: Metrics
     valid_logloss: float
-    deciles: list[metrics.Bucket]
+    deciles: list[Bucket]
     roc: tuple[list[float], list[float]]
 
 

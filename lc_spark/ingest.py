@@ -36,7 +36,6 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
     """
     checked_df = _checked(_source(spark, config, date), config, date)
     condition = None if date is None else tables.date_condition("date", date)
-    rejected_df = checked_df.where(F.col("__reason").isNotNull())
     counts = Observation("ingest")
     # One pass counts all rows on its way to the rejected ones; a second one writes the good rows.
     counted_df = checked_df.observe(counts, F.count(F.lit(1)).alias("rows"))
@@ -47,9 +46,8 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
         F.coalesce(F.col(CORRUPT), record).alias("record"),
     ]
     set_aside_df = counted_df.where(F.col("__reason").isNotNull()).select(*columns)
-    tables.write(set_aside_df, config, "rejected", ("date",), condition)
+    tables.write(set_aside_df.coalesce(1), config, "rejected", replace_where=condition)
     source_rows = int(counts.get["rows"])
-    del rejected_df
     rejected = _rejected_counts(spark, config, condition)
     n_rejected = sum(rejected.values())
     _check_share(config, source_rows, n_rejected, rejected)
@@ -61,7 +59,9 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
         F.col("__label").cast("float").alias("label"),
         F.col("__date").alias("date"),
     )
-    version = tables.write(raw_df, config, "raw", ("date",), condition)
+    # Rows of a day come together first: one file a day, not one from every task.
+    by_date_df = raw_df.repartition("date")
+    version = tables.write(by_date_df, config, "raw", ("date",), condition)
     written_df = tables.read(spark, config, "raw", version)
     raw_rows = (written_df if condition is None else written_df.where(condition)).count()
     if raw_rows + n_rejected != source_rows:

@@ -196,13 +196,12 @@ def score_stage(
     """Rows of raw (of a date, or all) and the champion -> Delta scores."""
     with tracking.stage(config, parent, "score") as run:
         model_uri = f"models:/{config.model_name}@champion"
-        bundle = tracking.download(config, model_uri)
+        model_version = tracking.version_of(config, model_uri)
+        bundle = tracking.download(config, model_version)
         raw_df = tables.read(spark, config, "raw")
         condition = None if date is None else tables.date_condition("date", date)
         rows_df = raw_df if condition is None else raw_df.where(condition)
-        scores_df = score.raw_scores_df(rows_df, bundle).withColumn(
-            "model", F.lit(f"models:/{config.model_name}/{tracking.version_of(config, model_uri)}")
-        )
+        scores_df = score.raw_scores_df(rows_df, bundle).withColumn("model", F.lit(model_version))
         version = tables.write(scores_df, config, "scores", ("date",), condition)
         written_df = tables.read(spark, config, "scores", version)
         n = (written_df if condition is None else written_df.where(condition)).count()

@@ -1,6 +1,6 @@
 """Turns shards, or raw rows and a bundle, into scores on the executors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +14,7 @@ from lc_spark.training import models
 from lc_spark.training.lr import read_shards
 from lc_spark.training.scorer import Scorer, encoded_columns, score_encoded
 
-Batches = Iterator[pa.RecordBatch]
+Batches = Iterable[pa.RecordBatch]
 
 
 def shard_scores_df(

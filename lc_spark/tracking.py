@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ class StageRun:
         for start in range(0, len(entries), BATCH):
             _client(self.uri).log_batch(self.run_id, params=entries[start : start + BATCH])
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics of one step (default 0)."""
         now = int(time.time() * 1000)
         entries = [Metric(key, float(value), now, step or 0) for key, value in metrics.items()]
@@ -302,6 +302,18 @@ def download(config: Config, model_uri: str) -> Path:
             Path(partial, "model").rename(folder)
     flavor = Model.load(str(folder)).flavors["python_function"]
     return Path(folder / flavor["artifacts"]["bundle"]["path"])
+
+
+def version_of(config: Config, model_uri: str) -> str:
+    """Return models:/NAME/VERSION of models:/NAME@ALIAS, as it stands now."""
+    name, _, alias = model_uri.removeprefix("models:/").partition("@")
+    try:
+        found = _client(uri_of(config)).get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        raise LcSparkError(
+            f"There is no registered model '{model_uri}': train and evaluate one first."
+        ) from error
+    return f"models:/{name}/{found.version}"
 
 
 def serve_ui(config: Config, port: int) -> None:

@@ -1,6 +1,7 @@
 """Turns the train rows into a FieldMap, a Vocabulary and the table of all levels."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from pyspark import StorageLevel
@@ -140,7 +141,7 @@ def _plain_levels(
 
 def _bucket_names(info: FieldInfo) -> list[str]:
     edges = ["-inf", *(f"{cut:.6g}" for cut in info.cut_points), "inf"]
-    pairs = zip(edges, edges[1:], strict=False)
+    pairs = itertools.pairwise(edges)
     return [MISSING_LEVEL, *(f"[{low}, {high})" for low, high in pairs)]
 
 

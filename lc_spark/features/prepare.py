@@ -71,7 +71,7 @@ def text_column(column: Column, type_name: str) -> Column:
     """
     text = column.cast("string")
     if type_name in FLOATS:
-        whole = (column == F.floor(column)) & (F.abs(column) < 2**53)
+        whole = (column == F.floor(column)) & (F.abs(column) < 2.0**63)
         text = F.when(whole, column.cast("bigint").cast("string")).when(~F.isnan(column), text)
     return F.nullif(text, F.lit(""))
 

@@ -1,13 +1,14 @@
 """Encodes ``raw`` and writes it as shuffled Parquet shards, with a manifest that describes them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -33,7 +34,7 @@ def encoded_df(
     )
     shared = raw_df.sparkSession.sparkContext.broadcast((field_map, vocabulary))
 
-    def encode_batches(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def encode_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         fields, words = shared.value
         for batch in batches:
             columns = {name: batch.column(name) for name in batch.schema.names}
@@ -51,7 +52,7 @@ def _type_name(info: FieldInfo) -> str:
     return {"continuous": "float", "multivalued": "array<int>"}.get(info.kind, "int")
 
 
-def _arrow(values: np.ndarray) -> pa.Array:
+def _arrow(values: NDArray[Any]) -> pa.Array:
     if values.ndim == 1:
         return pa.array(values)
     n, width = values.shape

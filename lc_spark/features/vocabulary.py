@@ -3,7 +3,7 @@
 Counting is by 64-bit hash with fixed-width aggregates; a second hash reveals a collision.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from lc_spark.features.prepare import prepared_column, texts_column
 from lc_spark.field_map import OUT_OF_VOCABULARY, FieldInfo, FieldMap
 
 CHUNK_CELLS = 20_000_000  # values counted at once in a Python worker: a few hundred MB
-Batches = Iterator[pa.RecordBatch]
+Batches = Iterable[pa.RecordBatch]
 
 
 def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:

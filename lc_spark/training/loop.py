@@ -130,8 +130,8 @@ class _Trainer:
         rows = self.steps * self.settings.batch_size * self.world.size
         left_over = self.manifest["splits"]["train"]["rows"] - rows
         self.world.say(
-            f"{self.spec.name}: {self.world.size} ranks x {self.settings.batch_size:,} rows a step, "
-            f"{self.steps:,} steps an epoch: {rows:,} rows seen, {left_over:,} left over"
+            f"{self.spec.name}: {self.steps:,} steps an epoch of {self.world.size} ranks x "
+            f"{self.settings.batch_size:,} rows: {rows:,} rows seen, {left_over:,} left over"
         )
         self._restore()
         while len(self.history) < self.settings.epochs and not self._stopped_early():
@@ -173,7 +173,8 @@ class _Trainer:
         self.history.append(entry)
         self.world.say(
             f"{self.spec.name} epoch {epoch}/{self.settings.epochs}: train loss {train_loss:.4f}, "
-            f"valid AUC {valid_auc:.4f}, valid log loss {valid_logloss:.4f}, {rows / seconds:,.0f} rows/s"
+            f"valid AUC {valid_auc:.4f}, valid log loss {valid_logloss:.4f}, "
+            f"{rows / seconds:,.0f} rows/s"
         )
         if self.stage_run is not None:
             curves = {"epoch_train_loss": train_loss, "seconds": seconds}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pyspark.ml.classification import LogisticRegression
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession, Window, WindowSpec
@@ -27,7 +28,7 @@ MAX_FEATURES = 2**31 - 1  # MLlib's vectors have int32 indices
 class LrFit:
     """A fitted LR: weights float64 [d], and the objective before and after each L-BFGS pass."""
 
-    weights: np.ndarray
+    weights: NDArray[np.float64]
     bias: float
     loss_history: tuple[float, ...]
     iterations: int

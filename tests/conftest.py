@@ -1,0 +1,59 @@
+"""Fixtures that several tests share: one SparkSession, and a maker of configs."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from lc_spark import session
+from lc_spark.config import Config
+
+ConfigMaker = Callable[..., Config]
+
+DEFAULTS: dict[str, Any] = {
+    "name": "test",
+    "seed": 7,
+    "source": {"path": "there/is/no/source"},
+    "label": "label",
+    "split": {"by": "hash", "valid": 0.2, "test": 0.3},
+    "fields": [{"name": "site", "kind": "categorical"}],
+    "systems": ["lr", "lc_dnn"],
+    "training": {"ranks": 2, "epochs": 1, "batch_size": 64, "hidden": [8, 4]},
+    "spark": {
+        "master": "local[2]",
+        "driver_memory": "2g",
+        "settings": {
+            "spark.sql.shuffle.partitions": "3",
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+        },
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def make_config(tmp_path_factory: pytest.TempPathFactory) -> ConfigMaker:
+    """A function: settings (top-level keys replace DEFAULTS) -> Config.
+
+    Every call gets a new workspace, unless the settings name one.
+    """
+
+    def make(settings: dict[str, Any] | None = None) -> Config:
+        workspace = str(tmp_path_factory.mktemp("workspace"))
+        return Config.model_validate({**DEFAULTS, "workspace": workspace, **(settings or {})})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def spark(
+    make_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SparkSession]:
+    """The one session of the tests: local[2], three shuffle partitions, no UI."""
+    settings = DEFAULTS["spark"]["settings"]
+    warehouse = {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse"))}
+    config = make_config({"spark": {**DEFAULTS["spark"], "settings": {**settings, **warehouse}}})
+    started = session.start(config)
+    yield started
+    started.stop()
