@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,6 +15,7 @@ from lc_spark.errors import LcSparkError, nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 # Columns that the shards carry beside the fields.
@@ -48,6 +50,8 @@ class Source(Section):
     def _one_source(self) -> Self:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either 'path' or 'dataset'")
+        if "{date}" in (self.path or "") and self.date is None:
+            raise ValueError("{date} in 'path' needs 'date', the day that a row itself names")
         return self
 
 
@@ -55,8 +59,8 @@ class SplitByHash(Section):
     """Rows to splits by a seeded hash of the row id."""
 
     by: Literal["hash"]
-    valid: Fraction = 0.1
-    test: Fraction = 0.2
+    valid: Share = 0.1
+    test: Share = 0.2
 
     @model_validator(mode="after")
     def _leaves_train_rows(self) -> Self:
@@ -79,6 +83,9 @@ class SplitByDate(Section):
         return self
 
 
+SPLITS: dict[str, type[Section]] = {"hash": SplitByHash, "date": SplitByDate}
+
+
 class FieldBase(Section):
     """What every kind of field has."""
 
@@ -93,7 +100,7 @@ class ColumnField(FieldBase):
     @model_validator(mode="before")
     @classmethod
     def _column_defaults_to_name(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("column"):
+        if isinstance(data, dict) and not data.get("column") and "name" in data:
             return {**data, "column": data.get("name")}
         return data
 
@@ -156,6 +163,13 @@ class Crossed(FieldBase):
         return data
 
 
+KINDS: dict[str, type[FieldBase]] = {
+    "categorical": Categorical,
+    "multivalued": Multivalued,
+    "bucketed": Bucketed,
+    "continuous": Continuous,
+    "crossed": Crossed,
+}
 AnyField = Annotated[
     Categorical | Multivalued | Bucketed | Continuous | Crossed, Field(discriminator="kind")
 ]
@@ -217,6 +231,12 @@ class System(Section):
             return {**data, "name": data.get("system")}
         return data
 
+    @field_validator("training")
+    @classmethod
+    def _known_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        Training.model_validate(value)
+        return value
+
 
 class Evaluation(Section):
     """What the test split is judged by, beside the standard metrics."""
@@ -269,11 +289,12 @@ class Config(Section):
     def _fields_fit_together(self) -> Self:
         names = [field.name for field in self.fields]
         for what, used in (("field", names), ("system", [s.name for s in self.systems])):
-            twice = [name for name, n in Counter(used).items() if n > 1]
+            # Spark does not tell 'Site' from 'site'.
+            twice = [name for name, n in Counter(map(str.lower, used)).items() if n > 1]
             if twice:
                 raise ValueError(f"two {what}s are named '{twice[0]}'; give one another name")
         for field in self.fields:
-            if field.name in RESERVED_NAMES or field.name.startswith("__"):
+            if field.name.lower() in RESERVED_NAMES or field.name.startswith("__"):
                 raise ValueError(
                     f"a field cannot be named '{field.name}' (kept for {', '.join(RESERVED_NAMES)}"
                     " and names that begin with __): set 'name' and 'column'"
@@ -283,7 +304,8 @@ class Config(Section):
         if self.split.by == "date" and self.source.date is None:
             raise ValueError("split by date needs source.date")
         for system in self.systems:
-            self.training_of(system)
+            if system.name.lower() == "lr" and system.system != "lr":
+                raise ValueError(f"the name 'lr' is kept for LR itself, not for a {system.system}")
         return self
 
     def _check_cross(self, cross: Crossed) -> None:
@@ -330,7 +352,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise LcSparkError(f"There is no config file '{path}'.")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LcSparkError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise LcSparkError(f"{path} must hold keys and values, such as 'name: flights'.")
@@ -349,7 +371,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node: Any = data
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise LcSparkError(f"--set {override}: '{parent}' holds a value, not keys")
     try:
@@ -360,43 +384,59 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _sentences(error: ValidationError) -> list[str]:
     """Say each problem in one line: the key, the value, what is allowed."""
+    problems = error.errors()
+    places = [problem["loc"] for problem in problems]
     lines = []
-    for problem in error.errors():
-        # pydantic puts the tag of a union into the path; a person looks for their own keys.
-        tags = {"categorical", "multivalued", "bucketed", "continuous", "crossed", "hash"}
-        where = ".".join(str(p) for p in problem["loc"] if p not in tags) or "config"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            section = _section_at(problem["loc"])
-            message = f"is not a key that is known here.{nearest(str(problem['loc'][-1]), section)}"
-            message += f" Allowed: {', '.join(section)}" if section else ""
-        elif problem["type"] == "missing":
+    for problem in problems:
+        loc, kind, context = problem["loc"], problem["type"], problem.get("ctx", {})
+        deeper = any(place[: len(loc)] == loc and place != loc for place in places)
+        if kind == "too_short" and deeper:
+            continue  # only what follows from the problem inside
+        where = _place(loc)
+        message = f"is {problem['input']!r}: {problem['msg']}"
+        if kind == "extra_forbidden":
+            section = list(_section_at(loc[:-1]).model_fields)
+            message = f"is not a key that is known here.{nearest(str(loc[-1]), section)}"
+            message += f" Allowed: {', '.join(section)}"
+        elif kind in ("union_tag_invalid", "union_tag_not_found"):
+            where += "." + context["discriminator"].strip("'")
+            allowed = list(SPLITS if loc[0] == "split" else KINDS)
+            tag = context.get("tag")
+            message = (
+                "is needed and missing." if tag is None else f"is '{tag}'.{nearest(tag, allowed)}"
+            )
+            message += f" Allowed: {', '.join(allowed)}"
+        elif kind == "missing":
             message = "is needed and missing"
-        elif problem["type"] not in ("value_error",):
-            allowed = problem.get("ctx", {}).get("expected", "")
-            slip = nearest(str(problem["input"]), str(allowed).replace("'", "").split(", "))
-            message = f"is {problem['input']!r}: {message}{'.' + slip if slip else ''}"
-        lines.append(f"  {where}: {message}")
+        elif kind == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+        elif kind == "literal_error":
+            message += "." + nearest(str(problem["input"]), re.findall("'(.*?)'", problem["msg"]))
+        elif kind == "model_type":
+            message = f"is {problem['input']!r}: it must hold keys and values"
+        lines.append(f"  {where or 'config'}: {message.replace('valid tuple', 'list')}")
     return lines
 
 
-def _section_at(loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that the config section at a pydantic error's place allows."""
-    kinds = (Categorical, Multivalued, Bucketed, Continuous, Crossed)
-    sections: dict[str, type[BaseModel]] = {
-        k: v.annotation
-        for k, v in Config.model_fields.items()
-        if isinstance(v.annotation, type) and issubclass(v.annotation, BaseModel)
-    }
-    sections["systems"] = System
-    if len(loc) == 1:
-        return list(Config.model_fields)
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Return the person's own keys; pydantic adds the tag of a union to them."""
+    tag_at = {"fields": 2, "split": 1}.get(str(loc[0]) if loc else "")
+    return ".".join(str(part) for i, part in enumerate(loc) if i != tag_at)
+
+
+def _section_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the config section at a place of a pydantic error."""
+    if not loc:
+        return Config
     if loc[0] == "fields":
-        by_kind = {k.model_fields["kind"].annotation.__args__[0]: k for k in kinds}  # type: ignore[union-attr]
-        return list(by_kind[str(loc[2])].model_fields) if loc[2] in by_kind else []
+        return KINDS[str(loc[2])]
     if loc[0] == "split":
-        return list((SplitByDate if loc[1] == "date" else SplitByHash).model_fields)
-    return list(sections[str(loc[0])].model_fields) if loc[0] in sections else []
+        return SPLITS[str(loc[1])]
+    if loc[0] == "systems":
+        return Training if "training" in loc else System
+    section = Config.model_fields[str(loc[0])].annotation
+    assert isinstance(section, type), "every other section is one model"
+    return section
 
 
 def schema() -> dict[str, Any]:

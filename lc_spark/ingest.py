@@ -9,12 +9,13 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from lc_spark import datasets, tables
-from lc_spark.config import Config
+from lc_spark.config import Config, Crossed
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import column_types
 
 CORRUPT = "__corrupt"
 NO_DATE = datetime.date(1970, 1, 1)  # the one partition of a log without dates
+OWN = ("row_id", "label", "date")  # columns of ``raw`` that are not the source's
 
 
 @dataclass(frozen=True)
@@ -34,33 +35,34 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
     columns and row_id (int64), label (float, 0 or 1), date. Raises LcSparkError, before ``raw`` is
     touched, when more than source.max_rejected of the rows are rejected or none is left.
     """
-    checked_df = _checked(_source(spark, config, date), config, date)
+    _check_date(config, date)
+    raw_types = {} if date is None else _raw_types(spark, config)
+    checked_df = _checked(_source(spark, config, date), config, date, raw_types)
     condition = None if date is None else tables.date_condition("date", date)
     counts = Observation("ingest")
     # One pass counts all rows on its way to the rejected ones; a second one writes the good rows.
     counted_df = checked_df.observe(counts, F.count(F.lit(1)).alias("rows"))
-    record = F.to_json(F.struct(*[f"`{c}`" for c in checked_df.columns if c[:2] != "__"]))
     columns = [
         F.col("__reason").alias("reason"),
         (F.lit(date) if date else F.col("__date")).cast("date").alias("date"),
-        F.coalesce(F.col(CORRUPT), record).alias("record"),
+        F.col("__record").alias("record"),
     ]
     set_aside_df = counted_df.where(F.col("__reason").isNotNull()).select(*columns)
-    tables.write(set_aside_df.coalesce(1), config, "rejected", replace_where=condition)
+    tables.write(set_aside_df.repartition(1), config, "rejected", replace_where=condition)
     source_rows = int(counts.get["rows"])
     rejected = _rejected_counts(spark, config, condition)
     n_rejected = sum(rejected.values())
     _check_share(config, source_rows, n_rejected, rejected)
     good_df = checked_df.where(F.col("__reason").isNull())
-    kept = [c for c in checked_df.columns if c[:2] != "__" and c not in ("row_id", "label", "date")]
+    kept = [c for c in checked_df.columns if c[:2] != "__" and c.lower() not in OWN]
     raw_df = good_df.select(
         *[f"`{c}`" for c in kept],
         F.col("__row_id").alias("row_id"),
         F.col("__label").cast("float").alias("label"),
         F.col("__date").alias("date"),
     )
-    # Rows of a day come together first: one file a day, not one from every task.
-    by_date_df = raw_df.repartition("date")
+    # Rows of a day come together first, large days in several tasks: few files a day.
+    by_date_df = raw_df.hint("rebalance", "date")
     version = tables.write(by_date_df, config, "raw", ("date",), condition)
     written_df = tables.read(spark, config, "raw", version)
     raw_rows = (written_df if condition is None else written_df.where(condition)).count()
@@ -97,37 +99,49 @@ def _source(spark: SparkSession, config: Config, date: datetime.date | None) -> 
         return spark.read.parquet(path)
     except AnalysisException as error:
         raise LcSparkError(
-            f"source: cannot read '{path}' as {source.format}: {str(error).splitlines()[0]}"
+            f"source: cannot read '{path}' as {source.format}: {_first_line(error)}"
         ) from error
 
 
-def _checked(source_df: DataFrame, config: Config, date: datetime.date | None) -> DataFrame:
-    """Add __reason (null for a usable row), __label, __date and __row_id; cast the columns."""
+def _first_line(error: AnalysisException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _check_date(config: Config, date: datetime.date | None) -> None:
+    if date is not None and config.source.date is None:
+        raise LcSparkError(
+            f"To ingest one day ({date}), source.date must say which column or SQL expression "
+            "holds a row's day."
+        )
+
+
+def _raw_types(spark: SparkSession, config: Config) -> dict[str, str]:
+    """Return column -> SQL type of the days that are in ``raw``, which another day must fit."""
+    if not tables.exists(spark, config, "raw"):
+        return {}
+    fields = tables.read(spark, config, "raw").schema.fields
+    return {f.name: f.dataType.simpleString() for f in fields if f.name not in OWN}
+
+
+def _checked(
+    source_df: DataFrame, config: Config, date: datetime.date | None, raw_types: dict[str, str]
+) -> DataFrame:
+    """Add __reason (null for a usable row), __record, __label, __date, __row_id; cast columns."""
     if CORRUPT not in source_df.columns:
         source_df = source_df.withColumn(CORRUPT, F.lit(None).cast("string"))
-    own = [c for c in source_df.columns if c != CORRUPT]
-    wanted = _wanted_types(source_df, config)
-    cast = {c: F.col(f"`{c}`").try_cast(t) for c, t in wanted.items()}
-    unfit = [
-        F.when(
-            F.col(f"`{c}`").isNotNull() & cast[c].isNull(),
-            F.concat(F.lit(f"column {c} is not {t}")),
-        )
-        for c, t in wanted.items()
-    ]
-    # Spark reads a corrupt column only beside others, and prunes what nobody asks for: keep both.
-    cast_df = source_df.select(
-        *[cast.get(c, F.col(f"`{c}`")).alias(c) for c in own],
-        F.col(CORRUPT),
-        F.coalesce(F.when(F.col(CORRUPT).isNotNull(), "the line does not parse"), *unfit).alias(
-            "__unfit"
-        ),
-    )
+    try:
+        cast_df = _cast(source_df, _wanted_types(source_df, config, raw_types))
+    except AnalysisException as error:
+        raise LcSparkError(f"source.types cannot be applied: {_first_line(error)}") from error
     column_types(cast_df, config.fields)  # a field that the table lacks, or of a wrong type
+    _check_own_columns(config)
+    own = [c for c in source_df.columns if c != CORRUPT]
+    label = F.expr(config.label)
+    as_boolean = label.cast("string").try_cast("boolean").cast("double")  # a text "true"
     try:
         checked_df = cast_df.select(
             *[f"`{c}`" for c in cast_df.columns],
-            F.expr(config.label).cast("double").alias("__label"),
+            F.coalesce(label.cast("double"), as_boolean).alias("__label"),
             _date_column(config).alias("__date"),
             _row_id_column(config, own).alias("__row_id"),
             F.coalesce(
@@ -138,27 +152,65 @@ def _checked(source_df: DataFrame, config: Config, date: datetime.date | None) -
     except AnalysisException as error:
         raise LcSparkError(
             "label, source.date, source.row_id or source.reject cannot be evaluated: "
-            f"{str(error).splitlines()[0]}"
+            f"{_first_line(error)}"
         ) from error
     if date is not None and "{date}" not in (config.source.path or ""):
         checked_df = checked_df.where(F.col("__date").isNull() | (F.col("__date") == F.lit(date)))
-    label = F.col("__label")
+    found = F.col("__label")
     return checked_df.withColumn(
         "__reason",
         F.coalesce(
             F.col("__rejected"),
             F.when(F.col("__date").isNull(), "no date"),
             F.when(F.col("__date") != F.lit(date), "date of another day") if date else F.lit(None),
-            F.when(label.isNull() | F.isnan(label), "no label"),
-            F.when(~label.isin(0.0, 1.0), "label is not 0 or 1"),
+            F.when(found.isNull() | F.isnan(found), "no label"),
+            F.when(~found.isin(0.0, 1.0), "label is not 0 or 1"),
         ),
     ).drop("__unfit", "__rejected")
 
 
-def _wanted_types(source_df: DataFrame, config: Config) -> dict[str, str]:
-    """Return the SQL type of the columns to cast: the given ones, and numbers read as text."""
+def _cast(source_df: DataFrame, wanted: dict[str, str]) -> DataFrame:
+    """Cast columns; add __unfit (what does not fit, else null) and __record (the row as read)."""
+    own = [c for c in source_df.columns if c != CORRUPT]
+    cast = {c: F.col(f"`{c}`").try_cast(t) for c, t in wanted.items()}
+    unfit = [
+        F.when(F.col(f"`{c}`").isNotNull() & cast[c].isNull(), f"column {c} is not {t}")
+        for c, t in wanted.items()
+    ]
+    # Spark reads a corrupt column only beside others, and prunes what nobody asks for: keep both.
+    return source_df.select(
+        *[cast.get(c, F.col(f"`{c}`")).alias(c) for c in own],
+        F.col(CORRUPT),
+        F.coalesce(F.when(F.col(CORRUPT).isNotNull(), "the line does not parse"), *unfit).alias(
+            "__unfit"
+        ),
+        F.coalesce(F.col(CORRUPT), F.to_json(F.struct(*[f"`{c}`" for c in own]))).alias("__record"),
+    )
+
+
+def _check_own_columns(config: Config) -> None:
+    """Refuse a field that would read label, row_id or date of ``raw`` for a column of its own."""
+    for field in config.fields:
+        if isinstance(field, Crossed) or field.column.lower() not in OWN:
+            continue
+        if field.column.lower() != "date" or (config.source.date or "").lower() != "date":
+            raise LcSparkError(
+                f"Field '{field.name}' reads column '{field.column}', a name that the table 'raw' "
+                f"keeps for its own ({', '.join(OWN)}): rename the column in the source."
+            )
+
+
+def _wanted_types(
+    source_df: DataFrame, config: Config, raw_types: dict[str, str]
+) -> dict[str, str]:
+    """Return the SQL type of the columns to cast: given, as in ``raw``, or numbers as text."""
     schema = source_df.schema
-    wanted = dict(config.source.types)
+    wanted = {
+        c.name: raw_types[c.name]
+        for c in schema.fields
+        if raw_types.get(c.name, c.dataType.simpleString()) != c.dataType.simpleString()
+    }
+    wanted |= config.source.types
     unknown = [c for c in wanted if c not in schema.names]
     if unknown:
         raise LcSparkError(

@@ -22,6 +22,7 @@ WRITTEN_BY = {
     "evaluation": "evaluate",
     "scores": "score",
 }
+NEEDS_MAPPING = set(" ,;{}()\n\t=")  # Delta takes these in column names only by a mapping
 
 
 def path_of(config: Config, name: TableName) -> str:
@@ -65,8 +66,11 @@ def write(
     """
     writer = df.write.format("delta").mode("overwrite").partitionBy(*partition_by)
     path = path_of(config, name)
+    if any(NEEDS_MAPPING & set(column) for column in df.columns):
+        writer = writer.option("delta.columnMapping.mode", "name")
     if replace_where is not None and exists(df.sparkSession, config, name):
-        writer = writer.option("replaceWhere", replace_where)
+        # A column that is new from now on is null in the rows before.
+        writer = writer.option("replaceWhere", replace_where).option("mergeSchema", "true")
     else:
         writer = writer.option("overwriteSchema", "true")
     writer.save(path)

@@ -29,6 +29,9 @@ def launch(
     distributor = TorchDistributor(
         num_processes=training.ranks, local_mode=False, use_gpu=training.device == "cuda"
     )
+    # Between the ranks and the driver stands a process that prints to a pipe: without this the
+    # progress bar would come all at once, at its end.
+    spark.sparkContext.environment["PYTHONUNBUFFERED"] = "1"
     try:
         result = distributor.run(run_rank, dataclasses.asdict(spec))
     except (PySparkException, Py4JJavaError, RuntimeError) as error:

@@ -1,0 +1,56 @@
+# Two commands matter: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3.11
+CONFIG ?= conf/flights.yaml
+PORT ?= 5000
+BIN := .venv/bin
+# The lock file also pins uv, which installs the rest.
+UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
+
+.PHONY: help env demo demo-by-day ui test test-fast check format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: .venv/.done ## make .venv from the lock file
+
+.venv/.done: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "Error: Python 3.11 is needed: install it, or name it as make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Making .venv (about 6 GB, a minute or two)"
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: env ## flights of 2013: the whole pipeline, result table, report
+	$(BIN)/lc-spark run conf/flights.yaml
+	@echo "Next: 'make ui' opens MLflow; 'make demo-by-day' runs the same flights split by time"
+
+demo-by-day: env ## the same flights, split by time
+	$(BIN)/lc-spark run conf/flights_by_day.yaml
+
+ui: env ## open MLflow on the runs of CONFIG (make ui CONFIG=... PORT=...)
+	$(BIN)/lc-spark ui $(CONFIG) --port $(PORT)
+
+test: check ## everything that CI checks
+	$(BIN)/python -m pytest --durations=15
+
+test-fast: env ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: env ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: env ## resolve pyproject.toml again into requirements.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-header --no-annotate -o requirements.lock
+
+clean: ## remove what the demo made
+	rm -rf workspace
