@@ -213,9 +213,6 @@ class Training(Section):
     device: Literal["cpu", "cuda"] = "cpu"
 
 
-SYSTEM_KINDS = ("lr", "lc_dnn", "lc_wd")
-
-
 class System(Section):
     """One line of the result table; `training` holds what differs from the common settings."""
 
@@ -393,7 +390,8 @@ def _sentences(error: ValidationError) -> list[str]:
         if kind == "too_short" and deeper:
             continue  # only what follows from the problem inside
         where = _place(loc)
-        message = f"is {problem['input']!r}: {problem['msg']}"
+        said = problem["msg"].replace("valid tuple", "list").replace("Tuple", "List")
+        message = f"is {problem['input']!r}: {said}"
         if kind == "extra_forbidden":
             section = list(_section_at(loc[:-1]).model_fields)
             message = f"is not a key that is known here.{nearest(str(loc[-1]), section)}"
@@ -414,7 +412,7 @@ def _sentences(error: ValidationError) -> list[str]:
             message += "." + nearest(str(problem["input"]), re.findall("'(.*?)'", problem["msg"]))
         elif kind == "model_type":
             message = f"is {problem['input']!r}: it must hold keys and values"
-        lines.append(f"  {where or 'config'}: {message.replace('valid tuple', 'list')}")
+        lines.append(f"  {where or 'config'}: {message}")
     return lines
 
 

@@ -35,7 +35,7 @@ class Vocabulary:
         """Read a table of (field string, hash int64, index int32); no hash, no entry."""
         entries = {}
         table = table.filter(pc.is_valid(table["hash"]))
-        for name in pc.unique(table["field"]).to_pylist():
+        for name in sorted(pc.unique(table["field"]).to_pylist()):
             rows = table.filter(pc.equal(table["field"], name))
             hashes = rows["hash"].to_numpy()
             order = np.argsort(hashes, kind="stable")
@@ -209,14 +209,8 @@ def prepare_pandas(raw: pd.DataFrame, field_map: FieldMap) -> dict[str, pa.Array
         elif info.kind == "categorical":
             prepared[info.name] = pa.array(_hashes(values, info), pa.int64())
         else:
-            lists = [
-                [
-                    h
-                    for h in _hashes(pd.Series(_split(v, info), dtype=object), info)
-                    if h is not None
-                ]
-                for v in values
-            ]
+            sets = [_hashes(pd.Series(_split(v, info), dtype=object), info) for v in values]
+            lists = [[value for value in found if value is not None] for found in sets]
             prepared[info.name] = pa.array(lists, pa.list_(pa.int64()))
     return prepared
 
@@ -262,6 +256,8 @@ def _integer_text(value: Any) -> str:
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(int(value))
     number = float(value)
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"  # as Spark writes it
     return str(int(number)) if number.is_integer() else repr(number)
 
 

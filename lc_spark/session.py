@@ -62,8 +62,16 @@ def start(config: Config) -> SparkSession:
             "('spark.jars': paths, 'spark.jars.packages': '')."
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
+    _quieten(spark)
     logging.getLogger("py4j").setLevel(logging.WARNING)
     return spark
+
+
+def _quieten(spark: SparkSession) -> None:
+    """Keep Spark from printing the stack of a query that fails beside raising its error."""
+    log4j = spark.sparkContext._gateway.jvm.org.apache.logging.log4j  # type: ignore[union-attr]
+    listeners = "org.apache.spark.sql.util.ExecutionListenerBus"
+    log4j.core.config.Configurator.setLevel(listeners, log4j.Level.OFF)
 
 
 def _local_master(config: Config) -> str:
@@ -74,9 +82,9 @@ def _local_master(config: Config) -> str:
 def check_java() -> None:
     """Raise LcSparkError unless a Java that Spark 4 runs on is found."""
     home = os.environ.get("JAVA_HOME")
-    java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    java = shutil.which(str(Path(home) / "bin" / "java") if home else "java")
     advice = f"Install Java {OLDEST_JAVA} (Debian: openjdk-17-jre-headless) or set JAVA_HOME to it."
-    if java is None or not Path(java).is_file():
+    if java is None:
         found = f"JAVA_HOME is {home}, which has no bin/java" if home else "No java was found"
         raise LcSparkError(f"{found}. {advice}")
     said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr

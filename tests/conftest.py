@@ -24,7 +24,9 @@ DEFAULTS: dict[str, Any] = {
         "master": "local[2]",
         "driver_memory": "2g",
         "settings": {
-            "spark.sql.shuffle.partitions": "3",
+            "spark.sql.shuffle.partitions": "2",
+            # Tests run many plans once: the second compiler of the JVM never pays off.
+            "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
         },
@@ -50,7 +52,7 @@ def make_config(tmp_path_factory: pytest.TempPathFactory) -> ConfigMaker:
 def spark(
     make_config: ConfigMaker, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SparkSession]:
-    """The one session of the tests: local[2], three shuffle partitions, no UI."""
+    """The one session of the tests: local[2], two shuffle partitions, no UI."""
     settings = DEFAULTS["spark"]["settings"]
     warehouse = {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse"))}
     config = make_config({"spark": {**DEFAULTS["spark"], "settings": {**settings, **warehouse}}})

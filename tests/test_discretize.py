@@ -187,7 +187,7 @@ def test_the_fit_does_not_depend_on_the_partitioning(spark: SparkSession) -> Non
     for i in range(1000):
         x = numbers.gauss(0, 1)
         # The true mean is 0, so the sum is rounding errors alone, in an order that Spark chooses.
-        rows += [(2 * i, x, 1e9 + x), (2 * i + 1, -x, 1e9 - x)]
+        rows += [(2 * i, x, 1e6 + x), (2 * i + 1, -x, 1e6 - x)]
     df = spark.createDataFrame(rows, "row_id long, x double, far double")
     fields = (
         Continuous(name="x", kind="continuous"),

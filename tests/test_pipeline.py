@@ -50,6 +50,7 @@ def yaml_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["workspace"] = str(folder / "workspace")
     settings["source"] |= {"dataset": None, "path": str(folder / "flights.parquet")}
     settings["training"] |= {"epochs": 2, "batch_size": 256}
+    settings["lr"]["l2"] = 1e-3  # so few rows need more of it
     settings["systems"] = ["lr", "lc_dnn", "lc_wd"]
     path = folder / "flights.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -55,7 +55,7 @@ def fit_numeric(
                     size=2,
                     column=field.column,
                     column_type=column_type,
-                    mean=_rounded(mean or 0.0),
+                    mean=_rounded_mean(mean or 0.0, sd or 0.0),
                     sd=_rounded(sd or 0.0) or 1.0,
                     low=low or 0.0,
                     high=high or 0.0,
@@ -83,6 +83,11 @@ def _finite_column(name: str) -> Column:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
+
+
+def _rounded_mean(mean: float, sd: float) -> float:
+    # Where positive and negative values cancel, every digit of the mean is rounding error.
+    return round(mean, 6 - math.floor(math.log10(sd))) if sd else _rounded(mean)
 
 
 def _quantiles(

@@ -62,7 +62,8 @@ def fit_features(train_df: DataFrame, fields: Sequence[AnyField], seed: int) -> 
     for info in cross_infos:
         check_cross_fits(info, base)
     ranked_crosses = [info for info in cross_infos if info.hashed is None]
-    keys_df = vocab.count_indices(train_df, base, words, ranked_crosses)
+    counted_map = FieldMap((*base.fields, *(i for i in cross_infos if i.hashed is not None)))
+    keys_df = vocab.count_indices(train_df, counted_map, words, ranked_crosses)
     keys_df = keys_df.persist(StorageLevel.DISK_ONLY)
     cross_cuts = {info.name: cuts[info.name] for info in ranked_crosses} or {"": 1}
     ranked_keys_df = vocab.rank_keys(keys_df, cross_cuts).persist(StorageLevel.DISK_ONLY)

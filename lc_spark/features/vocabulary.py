@@ -42,7 +42,8 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
 
 def _flat_or_missing(lists: pa.Array) -> pa.Array:
     """Flatten lists; an empty or missing list counts as one missing value."""
-    n_missing = len(lists) - pc.sum(pc.greater(pc.list_value_length(lists), 0)).as_py()
+    filled = pc.sum(pc.greater(pc.list_value_length(lists), 0)).as_py() or 0  # None if all are null
+    n_missing = len(lists) - filled
     missing = pa.nulls(n_missing, lists.type.value_type)
     return pa.concat_arrays([pc.list_flatten(lists), missing])
 
@@ -107,13 +108,13 @@ def count_indices(
     vocabulary: Vocabulary,
     crosses: Sequence[FieldInfo],
 ) -> DataFrame:
-    """Count the cross keys of crosses, and the indices of bucketed and hashed base fields.
+    """Count the cross keys of crosses, and the indices of bucketed and hashed fields of base.
 
     Returns (field string, key long, count long), summed over all rows.
     """
     counted_fields = [i for i in base.fields if i.kind == "bucketed" or i.hashed is not None]
     shared = train_df.sparkSession.sparkContext.broadcast((base, vocabulary))
-    columns = [prepared_column(info) for info in base.fields]
+    columns = [prepared_column(info) for info in base.fields if info.kind != "crossed"]
 
     def counted(batches: Batches) -> Batches:
         field_map, words = shared.value

@@ -70,12 +70,13 @@ class Learner:
             group["lr"] = self.settings.learning_rate * factor
         self.adamw.step()
         if self.row_adam is not None:
-            gradients = [rows[i].grad for i in self.trained]
-            # Padding has value 0: its features are not in the row and stand still.
-            present = torch.ones_like(ids, dtype=torch.bool) if values is None else values != 0
-            self.row_adam.step(
-                ids[present], [g[present] for g in gradients if g is not None], factor
-            )
+            gradients = [g.flatten(0, 1) for i in self.trained if (g := rows[i].grad) is not None]
+            flat_ids = ids.flatten()
+            if values is not None:
+                # Padding has value 0: its features are not in the row and stand still.
+                present = values.flatten().nonzero().squeeze(1)
+                flat_ids, gradients = flat_ids[present], [g[present] for g in gradients]
+            self.row_adam.step(flat_ids, gradients, factor)
         return mean_loss
 
     def _average_gradients(self, loss: Tensor) -> float:

@@ -19,9 +19,11 @@ def sum_by_id(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     ids int64 [n], gradients [n, k]. The sums are in the order of the rows, so on the CPU they are
     the same every time.
     """
-    distinct, inverse = torch.unique(ids, return_inverse=True)
+    # torch.unique does the same through a hash table, and took three times as long.
+    ascending, order = torch.sort(ids, stable=True)
+    distinct, inverse = torch.unique_consecutive(ascending, return_inverse=True)
     sums = gradients.new_zeros(len(distinct), gradients.shape[1])
-    return distinct, sums.index_add_(0, inverse, gradients)
+    return distinct, sums.index_add_(0, inverse, gradients[order])
 
 
 class RowAdam:

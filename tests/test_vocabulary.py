@@ -1,0 +1,252 @@
+"""Train rows to vocabularies, levels and a field map: which value gets which index, and why."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from pyspark.sql import DataFrame, SparkSession
+
+from lc_spark.config import AnyField
+from lc_spark.encoder import encode, hash_text, prepare_pandas
+from lc_spark.errors import LcSparkError
+from lc_spark.features.fit import Fitted, fit_features
+from lc_spark.features.vocabulary import count_values, rank_values
+from lc_spark.field_map import FieldInfo
+
+NAN, INF = float("nan"), float("inf")
+SCHEMA = """row_id long, origin string, dest string, hour int, delay double, tags string,
+    sets array<string>, whole double, same string, gone string, no_sets array<string>"""
+ROWS: list[tuple[Any, ...]] = [
+    (1, "JFK", "LAX", 6, 0.0, "a|b", ["x"], 1.0, "s", None, None),
+    (2, "JFK", "LAX", 6, 1.0, "a", ["x", "y"], 1.0, "s", "", None),
+    (3, "JFK", "LAX", 6, 2.0, "b|a", [], 2.0, "s", None, []),
+    (4, "LGA", "LAX", 9, 3.0, "c", None, 2.0, "s", None, [None]),
+    (5, "LGA", "東京", 9, 4.0, "", ["x|y"], 10.0, "s", None, None),
+    (6, "EWR", "東京", 9, 10.0, None, ["x|y"], 10.0, "s", "", [""]),
+    (7, "EWR", "東京", None, None, "|", ["y", None], NAN, "s", None, None),
+    (8, "", "a × b", None, NAN, "d", ["z"], None, "s", None, None),
+    (9, None, "BOS", None, INF, "a|d", ["x"], INF, "s", None, None),
+    (10, None, None, 23, None, "b", ["y"], 3.0, "s", None, None),
+]
+TAGS: dict[str, Any] = {"kind": "multivalued", "column": "tags", "delimiter": "|"}
+SETTINGS: list[dict[str, Any]] = [
+    {"name": "origin_x_dest", "kind": "crossed", "of": ["origin", "dest"], "min_count": 2},
+    {"name": "origin", "kind": "categorical", "min_count": 2},
+    {"name": "dest", "kind": "categorical", "min_count": 2},
+    {"name": "hour", "kind": "categorical", "min_count": 1},
+    {"name": "delay", "kind": "bucketed", "by": "uniform", "buckets": 2},
+    {"name": "late", "kind": "continuous", "column": "delay"},
+    {"name": "tags", "min_count": 2, "max_values": 2, **TAGS},
+    {"name": "sets", "kind": "multivalued", "min_count": 2, "max_values": 2},
+    {"name": "whole", "kind": "categorical", "min_count": 1},
+    {"name": "same", "kind": "categorical"},
+    {"name": "gone", "kind": "categorical"},
+    {"name": "no_sets", "kind": "multivalued"},
+    {"name": "dest_hashed", "column": "dest", "kind": "categorical", "hashed": 3},
+    {"name": "tags_hashed", "hashed": 2, **TAGS},
+    {"kind": "crossed", "of": ["hour", "delay"], "min_count": 1},
+    {"name": "hashed_cross", "kind": "crossed", "of": ["hour", "dest_hashed"], "hashed": 4},
+]
+
+
+def fields_of(settings: list[dict[str, Any]]) -> list[AnyField]:
+    made: list[AnyField] = TypeAdapter(list[AnyField]).validate_python(settings)
+    return made
+
+
+def slot(text: str, hashed: int) -> int:
+    value = hash_text(text)
+    assert value is not None
+    return value % 2**64 % hashed + 1
+
+
+@pytest.fixture(scope="module")
+def train_df(spark: SparkSession) -> DataFrame:
+    return spark.createDataFrame(ROWS, SCHEMA).coalesce(1)
+
+
+@pytest.fixture(scope="module")
+def fitted(train_df: DataFrame) -> Fitted:
+    return fit_features(train_df, fields_of(SETTINGS), seed=0)
+
+
+@pytest.fixture(scope="module")
+def levels(fitted: Fitted) -> Mapping[str, list[tuple[int, str, int]]]:
+    """(index, value, count) by field, in the order of the indices."""
+    by_field: dict[str, list[tuple[int, str, int]]] = {}
+    for row in fitted.levels_df.orderBy("field", "index").collect():
+        by_field.setdefault(row["field"], []).append((row["index"], row["value"], row["count"]))
+    return by_field
+
+
+@pytest.fixture(scope="module")
+def encoded(train_df: DataFrame, fitted: Fitted) -> Mapping[str, NDArray[Any]]:
+    columns = prepare_pandas(train_df.toPandas(), fitted.field_map)
+    return encode(columns, fitted.field_map, fitted.vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        # Count descending, value ascending by code point; 0 missing and 1 rare come first.
+        ("origin", [(0, "(missing)", 3), (1, "(other)", 0), (2, "JFK", 3), (3, "EWR", 2),
+                    (4, "LGA", 2)]),
+        ("dest", [(0, "(missing)", 1), (1, "(other)", 2), (2, "LAX", 4), (3, "東京", 3)]),
+        ("hour", [(0, "(missing)", 3), (1, "(other)", 0), (2, "6", 3), (3, "9", 3),
+                  (4, "23", 1)]),
+        # Doubles that are whole read as integers; as text "10" is before "2".
+        ("whole", [(0, "(missing)", 2), (1, "(other)", 0), (2, "1", 2), (3, "10", 2),
+                   (4, "2", 2), (5, "3", 1), (6, "Infinity", 1)]),
+        ("same", [(0, "(missing)", 0), (1, "(other)", 0), (2, "s", 10)]),
+        ("gone", [(0, "(missing)", 10), (1, "(other)", 0)]),
+        # Values are counted, not rows: c is rare; "", null and "|" are missing.
+        ("tags", [(0, "(missing)", 3), (1, "(other)", 1), (2, "a", 4), (3, "b", 3), (4, "d", 2)]),
+        # An array is never split, so "x|y" is a value; [] and null are missing.
+        ("sets", [(0, "(missing)", 2), (1, "(other)", 1), (2, "x", 3), (3, "y", 3),
+                  (4, "x|y", 2)]),
+        ("no_sets", [(0, "(missing)", 10), (1, "(other)", 0)]),
+        # Finite range 0 to 10 in two; infinity is in the upper bucket, NaN is missing.
+        ("delay", [(0, "(missing)", 3), (1, "[-inf, 5)", 5), (2, "[5, inf)", 2)]),
+        ("late", [(0, "(missing)", 3), (1, "(value)", 7)]),
+    ],
+)  # fmt: skip
+def test_levels(
+    levels: Mapping[str, list[tuple[int, str, int]]],
+    field: str,
+    expected: list[tuple[int, str, int]],
+) -> None:
+    assert levels[field] == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        # Equal counts in the order of the parents' indices; LGA × LAX and LGA × 東京 are rare.
+        ("origin_x_dest", [(0, "(missing)", 1), (1, "(other)", 2), (2, "JFK × LAX", 3),
+                           (3, "(missing) × (other)", 2), (4, "EWR × 東京", 2)]),
+        ("hour_x_delay", [(0, "(missing)", 2), (1, "(other)", 0), (2, "6 × [-inf, 5)", 3),
+                          (3, "9 × [-inf, 5)", 2), (4, "(missing) × [5, inf)", 1),
+                          (5, "9 × [5, inf)", 1), (6, "23 × (missing)", 1)]),
+    ],
+)  # fmt: skip
+def test_levels_of_crosses_are_named_by_their_parents(
+    levels: Mapping[str, list[tuple[int, str, int]]],
+    field: str,
+    expected: list[tuple[int, str, int]],
+) -> None:
+    assert levels[field] == expected
+
+
+def test_levels_of_hashed_fields_are_numbered_and_counted(
+    levels: Mapping[str, list[tuple[int, str, int]]],
+) -> None:
+    dest, tags = [0] * 4, [0] * 3
+    for row in ROWS:
+        dest[slot(row[2], 3) if row[2] else 0] += 1
+        for index in {slot(tag, 2) for tag in (row[5] or "").split("|") if tag} or {0}:
+            tags[index] += 1
+    named = [(0, "(missing)"), *((i, f"#{i}") for i in range(1, 4))]
+    assert levels["dest_hashed"] == [(*level, n) for level, n in zip(named, dest, strict=True)]
+    assert levels["tags_hashed"] == [(*level, n) for level, n in zip(named[:3], tags, strict=True)]
+
+
+def test_levels_of_a_hashed_cross_are_counted(
+    levels: Mapping[str, list[tuple[int, str, int]]],
+) -> None:
+    assert [level[:2] for level in levels["hashed_cross"]] == [
+        (0, "(missing)"),
+        (1, "#1"),
+        (2, "#2"),
+        (3, "#3"),
+        (4, "#4"),
+    ]
+    assert sum(level[2] for level in levels["hashed_cross"]) == len(ROWS)
+    assert levels["hashed_cross"][0][2] == 0  # no row lacks both the hour and the destination
+
+
+def test_levels_are_one_row_a_feature(
+    fitted: Fitted, levels: Mapping[str, list[tuple[int, str, int]]]
+) -> None:
+    assert {name: [level[0] for level in found] for name, found in levels.items()} == {
+        info.name: list(range(info.size)) for info in fitted.field_map.fields
+    }
+    assert sum(len(found) for found in levels.values()) == fitted.field_map.d
+    assert fitted.levels_df.columns == ["field", "index", "value", "hash", "count"]
+
+
+def test_crosses_come_after_their_parents(fitted: Fitted) -> None:
+    names = [info.name for info in fitted.field_map.fields]
+    written = [field.name for field in fields_of(SETTINGS)]
+    crosses = ["origin_x_dest", "hour_x_delay", "hashed_cross"]
+    assert names == [name for name in written if name not in crosses] + crosses
+
+
+@pytest.mark.parametrize(
+    ("field", "indices"),
+    [
+        ("origin", [2, 2, 2, 4, 4, 3, 3, 0, 0, 0]),
+        ("dest", [2, 2, 2, 2, 3, 3, 3, 1, 1, 0]),
+        ("hour", [2, 2, 2, 3, 3, 3, 0, 0, 0, 4]),
+        ("delay", [1, 1, 1, 1, 1, 2, 0, 0, 2, 0]),
+        ("tags", [[2, 3], [2, -1], [2, 3], [1, -1], [0, -1], [0, -1], [0, -1], [4, -1], [2, 4],
+                  [3, -1]]),
+        ("sets", [[2, -1], [2, 3], [0, -1], [0, -1], [4, -1], [4, -1], [3, -1], [1, -1], [2, -1],
+                  [3, -1]]),
+        ("whole", [2, 2, 4, 4, 3, 3, 0, 0, 6, 5]),
+        ("gone", [0] * 10),
+        ("no_sets", [[0] + [-1] * 15] * 10),
+        ("origin_x_dest", [2, 2, 2, 1, 1, 4, 4, 3, 3, 0]),
+        ("hour_x_delay", [2, 2, 2, 3, 3, 5, 0, 0, 4, 6]),
+    ],
+)  # fmt: skip
+def test_train_rows_encode_to_the_indices_of_their_levels(
+    encoded: Mapping[str, NDArray[Any]], field: str, indices: list[Any]
+) -> None:
+    assert encoded[field].tolist() == indices
+
+
+def test_the_partitioning_changes_nothing(
+    train_df: DataFrame,
+    fitted: Fitted,
+    levels: Mapping[str, list[tuple[int, str, int]]],
+) -> None:
+    shuffled = fit_features(train_df.repartition(4, "tags"), fields_of(SETTINGS), seed=0)
+    assert shuffled.field_map.fingerprint == fitted.field_map.fingerprint
+    assert shuffled.vocabulary.to_arrow().equals(fitted.vocabulary.to_arrow())
+    rows = shuffled.levels_df.orderBy("field", "index").collect()
+    found = [(row["field"], row["index"], row["value"], row["count"]) for row in rows]
+    assert found == [(name, *level) for name in sorted(levels) for level in levels[name]]
+
+
+def test_numbers_alone_need_no_vocabulary(train_df: DataFrame) -> None:
+    settings = [{"name": "late", "kind": "continuous", "column": "delay"}]
+    fitted = fit_features(train_df, fields_of(settings), seed=0)
+    assert fitted.vocabulary.entries == {}
+    rows = [tuple(row) for row in fitted.levels_df.orderBy("index").collect()]
+    assert rows == [("late", 0, "(missing)", None, 3), ("late", 1, "(value)", None, 7)]
+
+
+def test_an_empty_train_split_is_an_error(train_df: DataFrame) -> None:
+    with pytest.raises(LcSparkError, match="The train split has no rows"):
+        fit_features(train_df.where("row_id < 0"), fields_of(SETTINGS[1:2]), seed=0)
+
+
+def test_fractions_are_refused_before_anything_is_counted(train_df: DataFrame) -> None:
+    df = train_df.withColumn("whole", train_df["row_id"] / 4)
+    with pytest.raises(LcSparkError, match=r"'whole' is categorical.*fractions such as"):
+        fit_features(df, fields_of(SETTINGS[8:9]), seed=0)
+
+
+def test_two_values_of_one_hash_are_an_error_that_names_both(spark: SparkSession) -> None:
+    # xxhash64 is no cryptographic hash: the second half of a 16-byte text can be solved for.
+    pair = ("campaign-2013-01", "adgr9960ϓEoφJ%")
+    assert hash_text(pair[0]) == hash_text(pair[1])
+    info = FieldInfo("campaign", "categorical", 1, column="campaign", column_type="string")
+    rows = [(pair[0],), (pair[1],), ("other",), (None,)]
+    df = spark.createDataFrame(rows, "campaign string")
+    with pytest.raises(LcSparkError, match="same 64-bit hash") as error:
+        rank_values(count_values(df, [info]), {"campaign": 1})
+    assert "Field 'campaign'" in str(error.value)
+    assert all(repr(value) in str(error.value) for value in pair)
