@@ -100,6 +100,7 @@ def test_row_counts_add_up(
     raw_df = tables.read(spark, config, "raw")
     rejected = tables.read(spark, config, "rejected").groupBy("reason").count().collect()
     by_reason = {row["reason"]: row["count"] for row in rejected}
+    assert config.source.path is not None
     source = pd.read_parquet(config.source.path)
     assert by_reason == {
         "cancelled": int(source["dep_time"].isna().sum()),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import DEFAULTS
 from pyspark.sql import SparkSession
 
 from lc_spark import session
@@ -104,6 +105,7 @@ def test_spark_submit_gets_the_same_settings() -> None:
 def test_the_session_has_the_settings_and_delta(spark: SparkSession) -> None:
     for key in ("spark.sql.session.timeZone", "spark.sql.ansi.enabled", "spark.sql.extensions"):
         assert spark.conf.get(key) == session.SETTINGS[key]
-    assert spark.conf.get("spark.sql.shuffle.partitions") == "3", "the config's own settings win"
+    key, own = "spark.sql.shuffle.partitions", DEFAULTS["spark"]["settings"]
+    assert spark.conf.get(key) == own[key] != session.SETTINGS[key], "the config's own one wins"
     assert spark.sparkContext.getConf().get("spark.driver.bindAddress") == "127.0.0.1"
     assert spark.sparkContext.pythonExec == sys.executable

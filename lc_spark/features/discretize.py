@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from lc_spark.config import Bucketed, Categorical, Continuous
+from lc_spark.config import Bucketed, Categorical, Continuous, Multivalued
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import FLOATS, number_column
 from lc_spark.field_map import FieldInfo
@@ -130,21 +130,27 @@ def _cut_points(
 
 
 def refuse_fractions(
-    train_df: DataFrame, fields: Sequence[Categorical], types: dict[str, str]
+    train_df: DataFrame, fields: Sequence[Categorical | Multivalued], types: dict[str, str]
 ) -> None:
-    """Raise LcSparkError for a categorical field over a column with fractional numbers."""
-    floats = [field for field in fields if types[field.column] in FLOATS]
+    """Raise LcSparkError for a field of values over a column with fractional numbers."""
+    arrays = [f"array<{name}>" for name in FLOATS]
+    floats = [field for field in fields if types[field.column] in (*FLOATS, *arrays)]
     if not floats:
         return
     examples = []
     for field in floats:
-        number = _finite_column(field.column)
-        examples.append(F.max(F.when(number != F.floor(number), number)).alias(field.name))
+        if types[field.column] in arrays:
+            number = F.array_max(F.filter(F.col(f"`{field.column}`"), lambda x: x != F.floor(x)))
+        else:
+            number = _finite_column(field.column)
+            number = F.when(number != F.floor(number), number)
+        examples.append(F.max(number).alias(field.name))
     row = train_df.select(*examples).first()
     for field in floats:
         example = row[field.name] if row else None
         if example is not None:
             raise LcSparkError(
-                f"Field '{field.name}' is categorical, but column '{field.column}' holds fractions "
-                f"such as {example}: make it bucketed or continuous, or cast it to a string."
+                f"Field '{field.name}' is {field.kind}, but column '{field.column}' holds "
+                f"fractions such as {example}: make it bucketed or continuous, or cast it to "
+                "a string."
             )

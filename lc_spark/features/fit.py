@@ -40,10 +40,11 @@ def fit_features(train_df: DataFrame, fields: Sequence[AnyField], seed: int) -> 
     n_rows = train_df.count()
     if n_rows == 0:
         raise LcSparkError("The train split has no rows: check 'split' in the config.")
-    refuse_fractions(train_df, [f for f in fields if isinstance(f, Categorical)], types)
+    valued = [f for f in fields if isinstance(f, Categorical | Multivalued)]
+    refuse_fractions(train_df, valued, types)
     numbers = [f for f in fields if isinstance(f, Bucketed | Continuous)]
     numeric = fit_numeric(train_df, numbers, types, n_rows, seed)
-    texts = [_text_info(f, types) for f in fields if isinstance(f, Categorical | Multivalued)]
+    texts = [_text_info(f, types) for f in valued]
     crosses = [f for f in fields if isinstance(f, Crossed)]
     cuts = {f.name: f.min_count for f in fields if not isinstance(f, Bucketed | Continuous)}
     counted = [info for info in texts if info.hashed is None]

@@ -175,15 +175,22 @@ def _manifest(
     folder: Path, field_map: FieldMap, config: Config, raw_version: int
 ) -> dict[str, Any]:
     splits = {}
+    ranks = max(config.training_of(system).ranks for system in config.systems)
     for split in SPLITS:
         files = part_files(folder, split)
         positives = sum(_label_sum(path) for path in files)
         groups = [pq.read_metadata(path).num_rows for path in files]
         splits[split] = {"rows": sum(groups), "positives": positives, "row_groups": groups}
+        if len(groups) % ranks:
+            raise LcSparkError(
+                f"The {split} split has {len(groups)} parts for {ranks} ranks: it has too few "
+                "rows, or many rows share one id. Set source.row_id to columns that tell rows "
+                "apart."
+            )
     return {
         "fingerprint": field_map.fingerprint,
         "seed": config.seed,
-        "ranks": max(config.training_of(system).ranks for system in config.systems),
+        "ranks": ranks,
         "folds": config.shards.folds,
         "raw_version": raw_version,
         "fields": [info.name for info in field_map.fields],

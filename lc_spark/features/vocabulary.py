@@ -27,7 +27,13 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
     rows; null stands for missing.
     """
     names = [info.name for info in infos]
-    columns = [texts_column(info).alias(info.name) for info in infos]
+    # min_count counts rows: a value twice in one row is still one row.
+    columns = [
+        (texts_column(i) if i.kind == "categorical" else F.array_distinct(texts_column(i))).alias(
+            i.name
+        )
+        for i in infos
+    ]
 
     def counted(batches: Batches) -> Batches:
         for table in _chunks(batches, len(names)):
