@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import keyword
 import re
 from collections import Counter
 from pathlib import Path
@@ -291,10 +292,12 @@ class Config(Section):
             if twice:
                 raise ValueError(f"two {what}s are named '{twice[0]}'; give one another name")
         for field in self.fields:
-            if field.name.lower() in RESERVED_NAMES or field.name.startswith("__"):
+            # petastorm makes a namedtuple of the names, which takes neither _x nor Python's words.
+            kept = field.name.lower() in RESERVED_NAMES or keyword.iskeyword(field.name)
+            if kept or field.name.startswith("_"):
                 raise ValueError(
-                    f"a field cannot be named '{field.name}' (kept for {', '.join(RESERVED_NAMES)}"
-                    " and names that begin with __): set 'name' and 'column'"
+                    f"a field cannot be named '{field.name}' (kept for {', '.join(RESERVED_NAMES)},"
+                    " Python's keywords and names that begin with _): set 'name' and 'column'"
                 )
             if isinstance(field, Crossed):
                 self._check_cross(field)
