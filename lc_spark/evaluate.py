@@ -79,7 +79,7 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
     page = report.write_report(config, content)
     run.log_text(page.read_text(encoding="utf-8"), "report.html")
     numbers = best.metrics.as_floats() | {"valid_logloss": best.valid_logloss}
-    model_version = tracking.register(config, run, make_bundle(config, best.system.name), numbers)
+    model_version = tracking.register(config, run, make_bundle(config, best.system), numbers)
     model_uri = f"models:/{config.model_name}/{model_version}"
     return {
         "results": results,
@@ -250,15 +250,15 @@ def split_text(config: Config) -> str:
     )
 
 
-def make_bundle(config: Config, system: str) -> Path:
+def make_bundle(config: Config, system: System) -> Path:
     """Put a system's model, the field map and the vocabulary into one folder, ready to register."""
     source = config.workspace_path
     bundle = source / "bundle"
     shutil.rmtree(bundle, ignore_errors=True)
     bundle.mkdir()
     for path in (
-        source / "models" / system / models.MODEL_FILE,
-        source / "models" / system / models.DESCRIPTION_FILE,
+        source / "models" / model_folder(system) / models.MODEL_FILE,
+        source / "models" / model_folder(system) / models.DESCRIPTION_FILE,
         source / "field_map.json",
         source / "vocabulary.parquet",
     ):

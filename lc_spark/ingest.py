@@ -4,7 +4,7 @@ import datetime
 from dataclasses import dataclass
 
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, Observation, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -15,6 +15,7 @@ from lc_spark.features.prepare import column_types
 
 CORRUPT = "__corrupt"
 NO_DATE = datetime.date(1970, 1, 1)  # the one partition of a log without dates
+ADDED = (CORRUPT, "__reason", "__record", "__label", "__date", "__row_id")
 OWN = ("row_id", "label", "date")  # columns of ``raw`` that are not the source's
 
 
@@ -39,22 +40,19 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
     raw_types = {} if date is None else _raw_types(spark, config)
     checked_df = _checked(_source(spark, config, date), config, date, raw_types)
     condition = None if date is None else tables.date_condition("date", date)
-    counts = Observation("ingest")
-    # One pass counts all rows on its way to the rejected ones; a second one writes the good rows.
-    counted_df = checked_df.observe(counts, F.count(F.lit(1)).alias("rows"))
-    columns = [
+    counts = _counts(checked_df)
+    source_rows, good_rows = sum(counts.values()), counts.pop(None, 0)
+    rejected = {reason: n for reason, n in counts.items() if reason is not None}
+    set_aside_df = checked_df.where(F.col("__reason").isNotNull()).select(
         F.col("__reason").alias("reason"),
         (F.lit(date) if date else F.col("__date")).cast("date").alias("date"),
         F.col("__record").alias("record"),
-    ]
-    set_aside_df = counted_df.where(F.col("__reason").isNotNull()).select(*columns)
+    )
+    # Few rows of any reason: one file, without reading the source in one task.
     tables.write(set_aside_df.repartition(1), config, "rejected", replace_where=condition)
-    source_rows = int(counts.get["rows"])
-    rejected = _rejected_counts(spark, config, condition)
-    n_rejected = sum(rejected.values())
-    _check_share(config, source_rows, n_rejected, rejected)
+    _check_share(config, source_rows, sum(rejected.values()), rejected)
     good_df = checked_df.where(F.col("__reason").isNull())
-    kept = [c for c in checked_df.columns if c[:2] != "__" and c.lower() not in OWN]
+    kept = [c for c in checked_df.columns if c not in ADDED and c.lower() not in OWN]
     raw_df = good_df.select(
         *[f"`{c}`" for c in kept],
         F.col("__row_id").alias("row_id"),
@@ -66,9 +64,9 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
     version = tables.write(by_date_df, config, "raw", ("date",), condition)
     written_df = tables.read(spark, config, "raw", version)
     raw_rows = (written_df if condition is None else written_df.where(condition)).count()
-    if raw_rows + n_rejected != source_rows:
+    if raw_rows != good_rows:
         raise LcSparkError(
-            f"{source_rows} source rows became {raw_rows} raw and {n_rejected} rejected rows: the "
+            f"{good_rows} of {source_rows} source rows were good, but 'raw' got {raw_rows}: the "
             "source changed while it was read. Run the stage again."
         )
     return Ingested(source_rows, raw_rows, rejected, version)
@@ -88,9 +86,9 @@ def _source(spark: SparkSession, config: Config, date: datetime.date | None) -> 
             schema = T.StructType(
                 [*header_df.schema.fields, T.StructField(CORRUPT, T.StringType())]
             )
-            return spark.read.csv(
-                path, header=True, schema=schema, columnNameOfCorruptRecord=CORRUPT
-            )
+            # With pruned columns Spark would not see that a line has too many or too few.
+            reader = spark.read.option("columnPruning", "false")
+            return reader.csv(path, header=True, schema=schema, columnNameOfCorruptRecord=CORRUPT)
         if source.format == "json":
             inferred = spark.read.json(path, columnNameOfCorruptRecord=CORRUPT)
             fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
@@ -237,12 +235,14 @@ def _row_id_column(config: Config, own: list[str]) -> Column:
     return F.xxhash64(*[F.coalesce(F.col(f"`{c}`").cast("string"), F.lit("\0")) for c in columns])
 
 
-def _rejected_counts(spark: SparkSession, config: Config, condition: str | None) -> dict[str, int]:
-    rejected_df = tables.read(spark, config, "rejected")
-    if condition is not None:
-        rejected_df = rejected_df.where(condition)
-    rows = rejected_df.groupBy("reason").count().orderBy(F.desc("count"), "reason").collect()
-    return {row["reason"]: int(row["count"]) for row in rows}
+def _counts(checked_df: DataFrame) -> dict[str | None, int]:
+    """Return the rows by reason, the most frequent first; None counts the usable rows.
+
+    A pass of its own: an Observation on the pass that writes would cost less, but from then on the
+    session cannot apply an MLlib model (Spark 4.0 then fails to serialise its ObservationManager).
+    """
+    counted = checked_df.groupBy("__reason").count().orderBy(F.desc("count"), "__reason").collect()
+    return {row["__reason"]: int(row["count"]) for row in counted}
 
 
 def _check_share(config: Config, rows: int, n_rejected: int, rejected: dict[str, int]) -> None:

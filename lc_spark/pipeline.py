@@ -4,6 +4,7 @@ Every stage opens a child of one parent MLflow run, notes its facts in ``workspa
 logs in one line what it made.
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -155,30 +156,30 @@ def train_lc_stage(
     spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
 ) -> Facts:
     """Train shards and models/lr -> models/<system>, one child run a system."""
-    trained: Facts = {}
     field_map = read_field_map(config)
-    for system in config.systems:
-        if system.system == "lr":
-            continue
-        with tracking.stage(config, parent, system.name) as run:
+    systems = [system for system in config.systems if system.system != "lr"]
+    trained: Facts = {}
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(tracking.stage(config, parent, s.name)) for s in systems]
+        for system, run in zip(systems, runs, strict=True):
             run.log_params(config.training_of(system).model_dump(mode="json"))
             run.set_tags({"fingerprint": field_map.fingerprint, "system": system.system})
-            result = launch.launch(spark, config, system, run.run_id)
-            run.log_figure(
-                figures.loss_by_epoch({system.name: evaluate.history(result)}), "loss.svg"
-            )
+        results = launch.launch(spark, config, systems, [run.run_id for run in runs])
+        for system, run, result in zip(systems, runs, results, strict=True):
+            losses = figures.loss_by_epoch({system.name: evaluate.history(result)})
+            run.log_figure(losses, "loss.svg")
             trained[system.name] = {**result, "run_id": run.run_id}
-        log.info(
-            "train_lc: %s: best epoch %s of %d, validation AUC %.4f; %s train rows = %s seen in an "
-            "epoch + %s left over",
-            system.name,
-            result["best_epoch"],
-            len(result["epochs"]),
-            result["best_valid_auc"],
-            f"{result['rows_per_epoch'] + result['rows_left_over']:,}",
-            f"{result['rows_per_epoch']:,}",
-            f"{result['rows_left_over']:,}",
-        )
+            log.info(
+                "train_lc: %s: best epoch %s of %d, validation AUC %.4f; %s train rows = %s seen "
+                "in an epoch + %s left over",
+                system.name,
+                result["best_epoch"],
+                len(result["epochs"]),
+                result["best_valid_auc"],
+                f"{result['rows_per_epoch'] + result['rows_left_over']:,}",
+                f"{result['rows_per_epoch']:,}",
+                f"{result['rows_left_over']:,}",
+            )
     return {"systems": trained, "summary": f"trained {', '.join(trained) or 'nothing'}"}
 
 

@@ -62,16 +62,8 @@ def start(config: Config) -> SparkSession:
             "('spark.jars': paths, 'spark.jars.packages': '')."
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
-    _quieten(spark)
     logging.getLogger("py4j").setLevel(logging.WARNING)
     return spark
-
-
-def _quieten(spark: SparkSession) -> None:
-    """Keep Spark from printing the stack of a query that fails beside raising its error."""
-    log4j = spark.sparkContext._gateway.jvm.org.apache.logging.log4j  # type: ignore[union-attr]
-    listeners = "org.apache.spark.sql.util.ExecutionListenerBus"
-    log4j.core.config.Configurator.setLevel(listeners, log4j.Level.OFF)
 
 
 def _local_master(config: Config) -> str:

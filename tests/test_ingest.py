@@ -194,8 +194,8 @@ def test_too_many_rejected_or_no_rows_leave_raw_as_it_was(log: Log) -> None:
 
 def test_columns_of_any_name_and_columns_named_as_raw_names_its_own(log: Log) -> None:
     path = str(log.folder / "delta")
-    columns = "`user id` string, `x.y` double, Label int, date string, row_id string"
-    rows = [("a", 1.5, 1, "2013-01-01", "r1"), ("b", None, 0, "2013-01-02", "r2")]
+    columns = "`user id` string, `x.y` double, Label int, date string, row_id string, __n int"
+    rows = [("a", 1.5, 1, "2013-01-01", "r1", 5), ("b", None, 0, "2013-01-02", "r2", 6)]
     rows_df = log.spark.createDataFrame(rows, columns)
     writer = rows_df.write.format("delta").option("delta.columnMapping.mode", "name")
     writer.save(path)
@@ -207,7 +207,7 @@ def test_columns_of_any_name_and_columns_named_as_raw_names_its_own(log: Log) ->
     config = log.config(source, label="Label", fields=fields)
     assert counts(ingest(log.spark, config)) == (2, 2, {})
     raw_df = log.raw(config).orderBy("date")
-    assert raw_df.columns == ["user id", "x.y", "row_id", "label", "date"]
+    assert raw_df.columns == ["user id", "x.y", "__n", "row_id", "label", "date"]
     found = raw_df.select("`user id`", "`x.y`", "label", "date").collect()
     assert [tuple(r) for r in found] == [("a", 1.5, 1.0, DAY_1), ("b", None, 0.0, DAY_2)]
     hashes = raw_df.select("row_id").collect()

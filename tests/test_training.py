@@ -178,7 +178,7 @@ def test_nan_loss_names_the_step_and_keeps_the_last_checkpoint(folder: Path) -> 
     spec.training["m1_learning_rate"] = 1e38
     with pytest.raises(LcSparkError, match=r"loss is (nan|inf) at step \d+"):
         train(spec)
-    assert "loss is" in run_rank(dataclasses.asdict(spec))["error"]
+    assert "loss is" in run_rank([dataclasses.asdict(spec)])[0]["error"]
 
 
 def test_start_from_lr_without_an_lr_model_is_an_error(folder: Path) -> None:
@@ -293,7 +293,7 @@ def test_torch_distributor_trains_in_local_mode(
     config = make_config(tmp_path, {"epochs": 2, "batch_size": 64, "hidden": [16, 8]})
     spark = SparkSession.builder.master("local[2]").config("spark.ui.enabled", False).getOrCreate()
     try:
-        result = launch(spark, config, config.systems[0], run_id=None)
+        [result] = launch(spark, config, config.systems[:1], [None])
         assert result["rows_per_epoch"] == 2 * 64 * (1750 // 64)
         assert (tmp_path / "models" / "deep" / "model.safetensors").is_file()
         # Spark streams what ranks print to the driver's stderr.
@@ -308,10 +308,10 @@ def test_torch_distributor_trains_in_local_mode(
         assert again["best_valid_auc"] == result["best_valid_auc"]
         broken = make_config(tmp_path, {"m1_learning_rate": 1e38, "batch_norm": False})
         with pytest.raises(LcSparkError, match=r"Training 'deep': The loss is (nan|inf) at step"):
-            launch(spark, broken, broken.systems[0], run_id=None)
+            launch(spark, broken, broken.systems[:1], [None])
         many = make_config(tmp_path, {"ranks": 3})
         with pytest.raises(LcSparkError, match=r"training\.ranks is 3, but local\[2\] runs 2"):
-            launch(spark, many, many.systems[0], run_id=None)
+            launch(spark, many, many.systems[:1], [None])
     finally:
         spark.stop()
 

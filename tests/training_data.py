@@ -119,7 +119,7 @@ def write_lr(folder: Path, field_map: FieldMap, weights: NDArray[Any]) -> None:
 _RANK = """
 import json, sys
 from lc_spark.training.loop import run_rank
-result = run_rank(json.loads(sys.argv[1]))
+[result] = run_rank([json.loads(sys.argv[1])])
 print("RESULT " + json.dumps(result), flush=True)
 """
 

@@ -1,6 +1,8 @@
 """Turns a system of the config into a training run on the executors, through TorchDistributor."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -15,34 +17,42 @@ from lc_spark.training.loop import TrainSpec, run_rank
 
 
 def launch(
-    spark: SparkSession, config: Config, system: System, run_id: str | None
-) -> dict[str, Any]:
-    """Train a system with training.ranks ranks, a barrier task each; return loop.train's result.
+    spark: SparkSession, config: Config, systems: Sequence[System], run_ids: Sequence[str | None]
+) -> list[dict[str, Any]]:
+    """Train systems one after the other, each by training.ranks ranks; return loop.train's results.
 
     Needs the shards and, unless training.start is random, the LR model in the workspace; leaves the
-    model in models/<name>. Metrics go to the MLflow run, if there is one. Executors must have
+    models in models/<name>. Metrics go to the MLflow runs, where there is one. Executors must have
     lc_spark installed and see the workspace folder. Raises LcSparkError when training fails.
     """
-    training = config.training_of(system)
-    _check_slots(spark, training.ranks)
-    spec = _spec(config, system, run_id)
-    distributor = TorchDistributor(
-        num_processes=training.ranks, local_mode=False, use_gpu=training.device == "cuda"
-    )
+    specs = [_spec(config, *pair) for pair in zip(systems, run_ids, strict=True)]
     # Between the ranks and the driver stands a process that prints to a pipe: without this the
     # progress bar would come all at once, at its end.
     spark.sparkContext.environment["PYTHONUNBUFFERED"] = "1"
+    results: list[dict[str, Any]] = []
+    # Ranks take longer to start than a small network to train: neighbours share them.
+    alike = itertools.groupby(specs, key=lambda s: (s.training["ranks"], s.training["device"]))
+    for (ranks, device), group in alike:
+        _check_slots(spark, ranks)
+        results += _run(list(group), ranks, device)
+    return results
+
+
+def _run(specs: list[TrainSpec], ranks: int, device: str) -> list[dict[str, Any]]:
+    names = [spec.name for spec in specs]
+    distributor = TorchDistributor(num_processes=ranks, local_mode=False, use_gpu=device == "cuda")
     try:
-        result = distributor.run(run_rank, dataclasses.asdict(spec))
+        results = distributor.run(run_rank, [dataclasses.asdict(spec) for spec in specs])
     except (PySparkException, Py4JJavaError, RuntimeError) as error:
         raise LcSparkError(
-            f"Training '{system.name}' ended on an executor: {_reason(str(error))} Its output is "
-            "above. Started again, it goes on from the last whole epoch."
+            f"Training {', '.join(names)} ended on an executor: {_reason(str(error))} Its output "
+            "is above. Started again, a system goes on from its last whole epoch."
         ) from error
-    assert result is not None, "rank 0 returns a result or an error"
-    if "error" in result:
-        raise LcSparkError(f"Training '{system.name}': {result['error']}")
-    return dict(result)
+    assert results is not None, "rank 0 returns results or an error"
+    for name, result in zip(names, results, strict=False):
+        if "error" in result:
+            raise LcSparkError(f"Training '{name}': {result['error']}")
+    return list(results)
 
 
 def _spec(config: Config, system: System, run_id: str | None) -> TrainSpec:

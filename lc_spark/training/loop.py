@@ -48,17 +48,22 @@ class TrainSpec:
     run_id: str | None = None
 
 
-def run_rank(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train as train does, from a TrainSpec's fields; what TorchDistributor calls on executors.
+def run_rank(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train one network after the other, each from a TrainSpec's fields; what executors run.
 
-    Returns {"error": sentence} in place of raising LcSparkError: a task that fails would reach the
-    driver before rank 0's sentence does.
+    Returns the results in order, up to the first {"error": sentence} in place of LcSparkError: a
+    task that fails would reach the driver before rank 0's sentence does.
     """
+    results: list[dict[str, Any]] = []
     try:
-        return train(TrainSpec(**spec))
+        parsed = [TrainSpec(**spec) for spec in specs]
+        with joined(Training.model_validate(parsed[0].training).device) as world:
+            for spec in parsed:
+                results.append(_Trainer(spec, world).run())
     except LcSparkError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", flush=True)
-        return {"error": str(error)}
+        results.append({"error": str(error)})
+    return results
 
 
 def train(spec: TrainSpec) -> dict[str, Any]:
