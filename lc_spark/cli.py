@@ -54,7 +54,6 @@ def ui(config: ConfigPath, port: int = 5000, overrides: Overrides = None) -> Non
     """Open MLflow on the runs of a config, on 127.0.0.1."""
     from lc_spark import tracking
 
-    console.print(f"MLflow on http://127.0.0.1:{port} (end it with Ctrl-C)")
     tracking.serve_ui(configs.load(config, overrides), port)
 
 
