@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyspark.sql import SparkSession
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
@@ -284,36 +284,29 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(tmp_path: Path, si
 
 @pytest.mark.slow
 def test_torch_distributor_trains_in_local_mode(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, spark: SparkSession, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from pyspark.sql import SparkSession
-
-    os.environ["PYSPARK_PYTHON"] = sys.executable
     write(tmp_path, FIELD_MAP, SIZES)
     config = make_config(tmp_path, {"epochs": 2, "batch_size": 64, "hidden": [16, 8]})
-    spark = SparkSession.builder.master("local[2]").config("spark.ui.enabled", False).getOrCreate()
-    try:
-        [result] = launch(spark, config, config.systems[:1], [None])
-        assert result["rows_per_epoch"] == 2 * 64 * (1750 // 64)
-        assert (tmp_path / "models" / "deep" / "model.safetensors").is_file()
-        # Spark streams what ranks print to the driver's stderr.
-        assert "deep epoch 2/2: train loss" in capfd.readouterr().err
-        # The same ranks without Spark end with the same weights.
-        with_spark = load_file(tmp_path / "models" / "deep" / "model.safetensors")
-        spec = dataclasses.replace(
-            make_spec(tmp_path, epochs=2), seed=config.seed, output=str(tmp_path / "again")
-        )
-        again, _ = run_ranks(spec, 2)
-        assert same(with_spark, trained(spec))
-        assert again["best_valid_auc"] == result["best_valid_auc"]
-        broken = make_config(tmp_path, {"m1_learning_rate": 1e38, "batch_norm": False})
-        with pytest.raises(LcSparkError, match=r"Training 'deep': The loss is (nan|inf) at step"):
-            launch(spark, broken, broken.systems[:1], [None])
-        many = make_config(tmp_path, {"ranks": 3})
-        with pytest.raises(LcSparkError, match=r"training\.ranks is 3, but local\[2\] runs 2"):
-            launch(spark, many, many.systems[:1], [None])
-    finally:
-        spark.stop()
+    [result] = launch(spark, config, config.systems[:1], [None])
+    assert result["rows_per_epoch"] == 2 * 64 * (1750 // 64)
+    assert (tmp_path / "models" / "deep" / "model.safetensors").is_file()
+    # Spark streams what ranks print to the driver's stderr.
+    assert "deep epoch 2/2: train loss" in capfd.readouterr().err
+    # The same ranks without Spark end with the same weights.
+    with_spark = load_file(tmp_path / "models" / "deep" / "model.safetensors")
+    spec = dataclasses.replace(
+        make_spec(tmp_path, epochs=2), seed=config.seed, output=str(tmp_path / "again")
+    )
+    again, _ = run_ranks(spec, 2)
+    assert same(with_spark, trained(spec))
+    assert again["best_valid_auc"] == result["best_valid_auc"]
+    broken = make_config(tmp_path, {"m1_learning_rate": 1e38, "batch_norm": False})
+    with pytest.raises(LcSparkError, match=r"Training 'deep': The loss is (nan|inf) at step"):
+        launch(spark, broken, broken.systems[:1], [None])
+    many = make_config(tmp_path, {"ranks": 3})
+    with pytest.raises(LcSparkError, match=r"training\.ranks is 3, but local\[2\] runs 2"):
+        launch(spark, many, many.systems[:1], [None])
 
 
 def make_config(folder: Path, training: dict[str, Any]) -> Config:
