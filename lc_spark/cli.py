@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lc_spark import config as configs
+from lc_spark import config_file
 from lc_spark.errors import LcSparkError
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ def run(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> No
     """Run all stages: ingest, features, LR, LC systems, evaluation, report."""
     from lc_spark import pipeline, report, session
 
-    settings = configs.load(config, overrides)
+    settings = config_file.load(config, overrides)
     spark = session.start(settings)
     for stage in pipeline.RUN_STAGES:
         facts = pipeline.run_stage(stage, spark, settings, date.date() if date else None)
@@ -54,13 +54,13 @@ def ui(config: ConfigPath, port: int = 5000, overrides: Overrides = None) -> Non
     """Open MLflow on the runs of a config, on 127.0.0.1."""
     from lc_spark import tracking
 
-    tracking.serve_ui(configs.load(config, overrides), port)
+    tracking.serve_ui(config_file.load(config, overrides), port)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the config, for editors."""
-    typer.echo(json.dumps(configs.schema(), indent=1))
+    typer.echo(json.dumps(config_file.schema(), indent=1))
 
 
 def job(stage: str) -> None:
@@ -69,7 +69,7 @@ def job(stage: str) -> None:
     def stage_command(config: ConfigOption, date: Day = None, overrides: Overrides = None) -> None:
         from lc_spark import pipeline, session
 
-        settings = configs.load(config, overrides)
+        settings = config_file.load(config, overrides)
         spark = session.start(settings)
         pipeline.run_stage(stage, spark, settings, date.date() if date else None)
         spark.stop()

@@ -11,12 +11,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from lc_spark import facts, figures, metrics, report, tables, tracking
-from lc_spark.config import Config, System
+from lc_spark.config import Config
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.facts import Facts
 from lc_spark.field_map import FieldMap
 from lc_spark.metrics import Bucket, Metrics
 from lc_spark.score import shard_scores_df
+from lc_spark.systems import System
 from lc_spark.tracking import StageRun
 from lc_spark.training import lr, models
 

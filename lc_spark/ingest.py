@@ -9,9 +9,10 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from lc_spark import datasets, tables
-from lc_spark.config import Config, Crossed
+from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import column_types
+from lc_spark.field_kinds import Crossed
 
 CORRUPT = "__corrupt"
 NO_DATE = datetime.date(1970, 1, 1)  # the one partition of a log without dates

@@ -19,8 +19,8 @@ ONLY_IN = {
     "matplotlib": {"figures.py", "tracking.py"},
     "jinja2": {"report.py"},
     "typer": {"cli.py"},
-    "pydantic": {"config.py"},
-    "yaml": {"config.py"},
+    "pydantic": {"config_file.py", "config.py", "field_kinds.py", "systems.py"},
+    "yaml": {"config_file.py"},
     "safetensors": {"training/models.py", "training/checkpoint.py"},
 }
 # Spark and torch meet here: LR on shards, the launch of the ranks, the scoring of rows.
@@ -28,7 +28,7 @@ MEET = {"training/lr.py", "training/launch.py", "score.py"}
 LONGEST_MODULE = 300
 LONGEST_FUNCTION = 60
 # Two files that are one thing each: every key of a config, every word to MLflow.
-LONG_MODULES = {"config.py": 460, "tracking.py": 360}
+LONG_MODULES = {"tracking.py": 360}
 
 
 def imports(path: Path) -> set[str]:

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from lc_spark import cli, config
-from lc_spark.config import Config, Training
+from lc_spark import cli, config_file
+from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.systems import Training
 
 CONFIGS = sorted((Path(__file__).parent.parent / "conf").glob("*.yaml"))
 
@@ -48,7 +49,7 @@ def write(folder: Path, changes: dict[str, Any]) -> Path:
 
 def error_of(path: Path, overrides: list[str] | None = None) -> str:
     with pytest.raises(LcSparkError) as caught:
-        config.load(path, overrides)
+        config_file.load(path, overrides)
     message = str(caught.value)
     for noise in ("validation error", "pydantic", "Traceback", "input_value", "Tuple", "tag"):
         assert noise not in message, message
@@ -56,7 +57,7 @@ def error_of(path: Path, overrides: list[str] | None = None) -> str:
 
 
 def test_the_valid_config_is_read_as_written(tmp_path: Path) -> None:
-    made = config.load(write(tmp_path, {}))
+    made = config_file.load(write(tmp_path, {}))
     assert [field.name for field in made.fields] == ["site", "price", "age", "tags", "site_x_price"]
     assert [system.name for system in made.systems] == ["lr", "lc_dnn_k8"]
     assert made.training_of(made.systems[0]) == Training()
@@ -153,7 +154,7 @@ def test_cut_points_must_ascend_strictly(tmp_path: Path) -> None:
     for points in ([2, 1], [1, 1]):
         path = write(tmp_path, {"fields": [{**field, "cut_points": points}]})
         assert "fields.0: cut_points must ascend strictly" in error_of(path)
-    config.load(write(tmp_path, {"fields": [{**field, "cut_points": [1, 2]}]}))
+    config_file.load(write(tmp_path, {"fields": [{**field, "cut_points": [1, 2]}]}))
 
 
 def test_split_by_date_needs_a_date(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_a_cross_takes_two_or_more_known_fields_of_one_value(
 ) -> None:
     path = write(tmp_path, {"fields.4": {"kind": "crossed", "of": parents}})
     with pytest.raises(LcSparkError, match=said):
-        config.load(path)
+        config_file.load(path)
 
 
 def test_overrides_reach_nested_keys_lists_and_empty_sections(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_overrides_reach_nested_keys_lists_and_empty_sections(tmp_path: Path) ->
         "source.reject.gone=x IS NULL",
         "label=a=1",
     ]
-    made = config.load(path, overrides)
+    made = config_file.load(path, overrides)
     assert made.seed == 11
     assert made.training == Training(epochs=3, hidden=(8, 4))
     assert made.lr.l2 == 1e-3
@@ -273,30 +274,30 @@ def test_the_command_line_prints_the_error_and_no_stack(
 
 
 def test_the_digest_changes_with_any_setting_and_only_then(tmp_path: Path) -> None:
-    base = config.load(write(tmp_path, {}))
-    assert config.load(write(tmp_path, {})).digest() == base.digest()
+    base = config_file.load(write(tmp_path, {}))
+    assert config_file.load(write(tmp_path, {})).digest() == base.digest()
     for override in ("seed=1", "training.epochs=9", "label=b", "shards.folds=3"):
-        assert config.load(write(tmp_path, {}), [override]).digest() != base.digest()
+        assert config_file.load(write(tmp_path, {}), [override]).digest() != base.digest()
 
 
 def test_the_schema_is_printed_and_knows_every_key_of_a_config() -> None:
     printed = CliRunner().invoke(cli.app, ["schema"])
     assert printed.exit_code == 0
     schema = json.loads(printed.stdout)
-    assert schema == config.schema()
+    assert schema == config_file.schema()
     assert set(schema["properties"]) == set(Config.model_fields)
     assert schema["additionalProperties"] is False
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_of_the_repository_loads(path: Path) -> None:
-    made = config.load(path)
+    made = config_file.load(path)
     assert made.name == path.stem
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_the_schema_knows_the_keys_of_every_config(path: Path) -> None:
-    schema = config.schema()
+    schema = config_file.schema()
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     sections = [(schema, data)]
     for key, value in data.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lc_spark import config, datasets
+from lc_spark import config_file, datasets
 
 CONFIGS = sorted((Path(__file__).parent.parent / "conf").glob("flights*.yaml"))
 # What the airline's record holds only once the flight has left (or has not).
@@ -34,7 +34,7 @@ def test_every_flight_is_there_once(flights: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_no_field_is_known_only_after_departure(path: Path, flights: pd.DataFrame) -> None:
-    made = config.load(path)
+    made = config_file.load(path)
     columns = {field.column for field in made.fields if field.kind != "crossed"}
     assert len(columns) > 20
     assert not columns & AFTER_DEPARTURE
@@ -43,7 +43,7 @@ def test_no_field_is_known_only_after_departure(path: Path, flights: pd.DataFram
 
 def test_two_configs_differ_in_the_split_alone() -> None:
     assert len(CONFIGS) == 2
-    made = [config.load(path).model_dump() for path in CONFIGS]
+    made = [config_file.load(path).model_dump() for path in CONFIGS]
     assert {one["split"]["by"] for one in made} == {"hash", "date"}
     assert made[0]["fields"] == made[1]["fields"]
     assert made[0]["label"] == made[1]["label"]

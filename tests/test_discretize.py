@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from lc_spark.config import Bucketed, Categorical, Continuous
 from lc_spark.encoder import Vocabulary, encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features.discretize import fit_numeric, refuse_fractions
+from lc_spark.field_kinds import Bucketed, Categorical, Continuous
 from lc_spark.field_map import FieldInfo, FieldMap
 
 NAN, INF = math.nan, math.inf

@@ -20,11 +20,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from training_data import FIELD_MAP, write_shards
 
-from lc_spark import config as configs
-from lc_spark import ingest, metrics, pipeline, score, tables
-from lc_spark.config import Bucketed, Config
+from lc_spark import config_file, ingest, metrics, pipeline, score, tables
+from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.shards import part_files
+from lc_spark.field_kinds import Bucketed
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.training import lr, models
 
@@ -245,7 +245,7 @@ def flights(
 ) -> tuple[Config, FieldMap, float]:
     """The flights up to LR, by the stages that everyone runs; and LR's AUC on the test rows."""
     workspace = tmp_path_factory.mktemp("flights")
-    config = configs.load(FLIGHTS, [f"workspace={workspace}", "systems=[lr]"])
+    config = config_file.load(FLIGHTS, [f"workspace={workspace}", "systems=[lr]"])
     for stage in ("ingest", "features", "train_lr"):
         pipeline.run_stage(stage, spark, config)
     field_map = pipeline.read_field_map(config)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lc_spark.config import Training
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.systems import Training
 from lc_spark.training import models
 
 # a: 0..3, b (continuous): 4 missing, 5 value, c (multivalued): 6..10, e: 11..13

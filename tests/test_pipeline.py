@@ -14,8 +14,7 @@ import yaml
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import config as configs
-from lc_spark import datasets, score, tables, tracking
+from lc_spark import config_file, datasets, score, tables, tracking
 from lc_spark.config import Config
 from lc_spark.ingest import split_column
 from lc_spark.training.scorer import Scorer
@@ -68,7 +67,7 @@ def finished(yaml_path: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def config(yaml_path: Path, finished: subprocess.CompletedProcess[str]) -> Config:
     assert finished.returncode == 0
-    return configs.load(yaml_path)
+    return config_file.load(yaml_path)
 
 
 def test_run_ends_with_the_table_and_where_to_look(

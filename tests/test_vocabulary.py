@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from pyspark.sql import DataFrame, SparkSession
 
-from lc_spark.config import AnyField
 from lc_spark.encoder import encode, hash_text, prepare_pandas
 from lc_spark.errors import LcSparkError
 from lc_spark.features.fit import Fitted, fit_features
 from lc_spark.features.vocabulary import count_values, rank_values
+from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo
 
 NAN, INF = float("nan"), float("inf")

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from lc_spark.config import Training
 from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.systems import Training
 from lc_spark.training import models
 from lc_spark.training.loop import TrainSpec
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from lc_spark.config import Bucketed, Categorical, Continuous, Multivalued
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import FLOATS, number_column
+from lc_spark.field_kinds import Bucketed, Categorical, Continuous, Multivalued
 from lc_spark.field_map import FieldInfo
 
 SAMPLE_ROWS = 1_000_000  # rows that quantiles are computed on; their error is then below 0.1 %

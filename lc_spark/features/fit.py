@@ -8,12 +8,12 @@ from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from lc_spark.config import AnyField, Bucketed, Categorical, Continuous, Crossed, Multivalued
 from lc_spark.encoder import Vocabulary, check_cross_fits
 from lc_spark.errors import LcSparkError
 from lc_spark.features import vocabulary as vocab
 from lc_spark.features.discretize import fit_numeric, refuse_fractions
 from lc_spark.features.prepare import column_types, number_column
+from lc_spark.field_kinds import AnyField, Bucketed, Categorical, Continuous, Crossed, Multivalued
 from lc_spark.field_map import FieldInfo, FieldMap
 
 MISSING_LEVEL = "(missing)"

@@ -7,8 +7,8 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from lc_spark.config import AnyField, Crossed, Multivalued
 from lc_spark.errors import LcSparkError, nearest
+from lc_spark.field_kinds import AnyField, Crossed, Multivalued
 from lc_spark.field_map import FieldInfo
 
 INTEGERS = ("tinyint", "smallint", "int", "bigint")

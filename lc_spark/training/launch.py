@@ -11,8 +11,9 @@ from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
 from lc_spark import tracking
-from lc_spark.config import Config, System
+from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.systems import System
 from lc_spark.training.loop import TrainSpec, run_rank
 
 

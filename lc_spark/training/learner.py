@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lc_spark.config import Training
 from lc_spark.errors import LcSparkError
+from lc_spark.systems import Training
 from lc_spark.training.loader import Batch
 from lc_spark.training.models import LcNetwork
 from lc_spark.training.optim import RowAdam

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tqdm import tqdm
 
-from lc_spark.config import Training
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldMap, require_same
+from lc_spark.systems import Training
 from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.learner import Learner
 from lc_spark.training.world import LineStream, World, joined

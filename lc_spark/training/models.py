@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lc_spark.config import Training
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import MISSING, FieldMap
+from lc_spark.systems import Training
 
 MODEL_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
