@@ -207,6 +207,11 @@ class Config(Section):
         return Training.model_validate(settings)
 
     @property
+    def most_ranks(self) -> int:
+        """The largest number of ranks that a system trains with."""
+        return max(self.training_of(system).ranks for system in self.systems)
+
+    @property
     def workspace_path(self) -> Path:
         """The workspace as an absolute path."""
         return Path(self.workspace).resolve()

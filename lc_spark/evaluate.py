@@ -1,6 +1,5 @@
 """Scores every system on the same test rows; writes tables, figures, report; registers the best."""
 
-import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from lc_spark.errors import LcSparkError, nearest
 from lc_spark.facts import Facts
 from lc_spark.field_map import FieldMap
 from lc_spark.metrics import Bucket, Metrics
+from lc_spark.parameters import parameter_count
 from lc_spark.score import shard_scores_df
 from lc_spark.systems import System
 from lc_spark.tracking import StageRun
@@ -48,16 +48,13 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
     """
     field_map = FieldMap.read(config.workspace_path / "field_map.json")
     done = {name: facts.read(config, name) for name in EARLIER_STAGES}
-    scores_df = _scores_df(spark, config, field_map, "test")
-    version = tables.write(scores_df, config, "test_scores", ("system",))
+    test_df = all_scores_df(spark, config, field_map, "test")
+    version = tables.write(test_df, config, "test_scores", ("system",))
     scores_df = tables.read(spark, config, "test_scores", version)
-    valid_df = _scores_df(spark, config, field_map, "valid")
-    evaluated = []
-    for system in config.systems:
-        one = _evaluate_one(system, scores_df, valid_df)
-        evaluated.append(one)
+    evaluated = evaluate_scores(spark, config, field_map, scores_df)
+    for one in evaluated:
         numbers = one.metrics.as_floats() | {"valid_logloss": one.valid_logloss}
-        run.log_metrics({f"{system.name}.{key}": value for key, value in numbers.items()})
+        run.log_metrics({f"{one.system.name}.{key}": value for key, value in numbers.items()})
     results = [_result(config, field_map, one, done) for one in evaluated]
     for result in results:
         numbers = {k: result[k] for k in LOGGED if result[k] is not None}
@@ -92,27 +89,31 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
     }
 
 
-def _scores_df(spark: SparkSession, config: Config, field_map: FieldMap, split: str) -> DataFrame:
-    """Return (system, row_id, label, score[, group]) of every system on one split."""
-    group = config.evaluation.group
-    group_df = None
-    if group is not None:
-        raw_df = tables.read(spark, config, "raw")
-        if group not in raw_df.columns:
+def all_scores_df(
+    spark: SparkSession, config: Config, field_map: FieldMap, split: str
+) -> DataFrame:
+    """Return (system, row_id, label, score[, group][, truth]) of every system on one split."""
+    wanted = {"group": (config.evaluation.group, "string")}
+    wanted["truth"] = (config.evaluation.truth, "double")
+    named = {key: pair for key, pair in wanted.items() if pair[0] is not None}
+    folders = {
+        system.name: config.workspace_path / "models" / model_folder(system)
+        for system in config.systems
+    }
+    scores_df = shard_scores_df(spark, config, field_map, folders, split)
+    if not named:
+        return scores_df
+    raw_df = tables.read(spark, config, "raw")
+    for key, (column, _) in named.items():
+        if column not in raw_df.columns:
             raise LcSparkError(
-                f"evaluation.group is '{group}', which the table lacks."
-                f"{nearest(group, raw_df.columns)} It has: {', '.join(raw_df.columns)}"
+                f"evaluation.{key} is '{column}', which the table lacks."
+                f"{nearest(str(column), raw_df.columns)} It has: {', '.join(raw_df.columns)}"
             )
-        # Equal rows share an id, and so their group.
-        group_df = raw_df.select("row_id", F.col(f"`{group}`").cast("string").alias("group"))
-        group_df = group_df.dropDuplicates(["row_id"])
-    parts = []
-    for system in config.systems:
-        folder = config.workspace_path / "models" / model_folder(system)
-        scores_df = shard_scores_df(spark, config, field_map, folder, split)
-        parts.append(scores_df.select(F.lit(system.name).alias("system"), "*"))
-    union_df = functools.reduce(DataFrame.unionByName, parts)
-    return union_df if group_df is None else union_df.join(group_df, "row_id", how="left")
+    beside = [F.col(f"`{column}`").cast(type_).alias(k) for k, (column, type_) in named.items()]
+    # Equal rows share an id, and so what stands beside it.
+    beside_df = raw_df.select("row_id", *beside).dropDuplicates(["row_id"])
+    return scores_df.join(beside_df, "row_id", how="left")
 
 
 def model_folder(system: System) -> str:
@@ -131,15 +132,31 @@ class Evaluated:
     roc: tuple[list[float], list[float]]
 
 
-def _evaluate_one(system: System, scores_df: DataFrame, valid_df: DataFrame) -> Evaluated:
-    mine = F.col("system") == system.name
-    system_df = scores_df.where(mine).persist(StorageLevel.MEMORY_AND_DISK)
+def evaluate_scores(
+    spark: SparkSession, config: Config, field_map: FieldMap, scores_df: DataFrame
+) -> list[Evaluated]:
+    """Return the quality of every system of the config, from its scores on the test rows."""
     group = "group" if "group" in scores_df.columns else None
-    found = metrics.evaluate(system_df, group)
-    deciles = metrics.score_buckets(system_df, 10)
-    roc = metrics.roc_points(metrics.score_buckets(system_df, ROC_BUCKETS))
-    system_df.unpersist()
-    return Evaluated(system, found, metrics.log_loss(valid_df.where(mine)), deciles, roc)
+    found = metrics.evaluate_systems(scores_df, group)
+    valid = metrics.log_losses(all_scores_df(spark, config, field_map, "valid"))
+    evaluated = []
+    for system in config.systems:
+        system_df = scores_df.where(F.col("system") == system.name)
+        system_df = system_df.persist(StorageLevel.MEMORY_AND_DISK)
+        deciles = metrics.score_buckets(system_df, 10)
+        roc = metrics.roc_points(metrics.score_buckets(system_df, ROC_BUCKETS))
+        system_df.unpersist()
+        name = system.name
+        evaluated.append(Evaluated(system, found[name], valid[name], deciles, roc))
+    return evaluated
+
+
+def best_reachable(config: Config, scores_df: DataFrame) -> Metrics | None:
+    """Return the metrics of the true probabilities, where a made-up log has them."""
+    if config.evaluation.truth is None:
+        return None
+    one_df = scores_df.where(F.col("system") == config.systems[0].name)
+    return metrics.evaluate(one_df.select("label", F.col("truth").alias("score")))
 
 
 def _result(
@@ -157,9 +174,14 @@ def _result(
         "calibration": one.metrics.calibration,
         "group_auc": one.metrics.group_auc,
         "valid_logloss": one.valid_logloss,
-        "parameters": models.parameter_count(
-            system.system, field_map.d, len(field_map.fields), training.hidden, training.channels
-        ),
+        "parameters": parameter_count(
+            system.system,
+            field_map.d,
+            len(field_map.fields),
+            training.hidden,
+            training.channels,
+            training.batch_norm,
+        ).total,
         "seconds_per_epoch": noted["seconds_per_epoch"],
         "train_rows": done["features"]["shard_rows"]["train"],
         "test_rows": one.metrics.rows,

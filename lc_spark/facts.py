@@ -1,12 +1,24 @@
 """What each stage noted when it last ran: ``workspace/stages/<name>.json``."""
 
+import hashlib
 import json
 from typing import Any
 
+import lc_spark
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.systems import HELD_OUT
 
 Facts = dict[str, Any]
+
+# The settings that a stage adds to those that the stages before it depend on.
+DEPENDS_ON: dict[str, tuple[str, ...]] = {
+    "ingest": ("source", "label", "fields"),
+    "features": ("split", "seed", "features", "shards"),
+    "train_lr": ("lr",),
+    "train_lc": ("training", "systems"),
+    "evaluate": ("evaluation",),
+}
 
 
 def write(config: Config, stage: str, facts: Facts) -> None:
@@ -17,6 +29,11 @@ def write(config: Config, stage: str, facts: Facts) -> None:
     (folder / f"{stage}.json").write_text(text, encoding="utf-8")
 
 
+def exists(config: Config, stage: str) -> bool:
+    """Return whether the stage has run."""
+    return (config.workspace_path / "stages" / f"{stage}.json").is_file()
+
+
 def read(config: Config, stage: str) -> Facts:
     """Return the facts of a stage; raises LcSparkError when it has not run."""
     path = config.workspace_path / "stages" / f"{stage}.json"
@@ -24,3 +41,19 @@ def read(config: Config, stage: str) -> Facts:
         raise LcSparkError(f"The stage '{stage}' has not run in {config.workspace}: run it first.")
     facts: Facts = json.loads(path.read_text(encoding="utf-8"))
     return facts
+
+
+def settings_digest(config: Config, stage: str) -> str:
+    """Return 16 hex digits over all settings that what a stage makes depends on."""
+    settings: dict[str, Any] = {"version": lc_spark.__version__}
+    for name, keys in DEPENDS_ON.items():
+        settings |= config.model_dump(mode="json", include=set(keys))
+        if name == stage:
+            break
+    if stage != "ingest":
+        settings["ranks"] = config.most_ranks  # the number of parts is a multiple of them
+    if stage == "train_lr":
+        trainings = [config.training_of(system) for system in config.systems]
+        pairs = {(t.start, t.days or 0) for t in trainings if t.start in HELD_OUT}
+        settings["held_out"] = sorted(pairs)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

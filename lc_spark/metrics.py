@@ -1,5 +1,6 @@
 """Turns a table of labels and scores into metrics, in Spark, whatever its size."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from pyspark.sql import functions as F
 from lc_spark.errors import LcSparkError
 
 SMALLEST = 2.0**-52  # scores are kept this far from 0 and 1 in the log loss
+ONE_CLASS = "The split to evaluate holds one class only: give it more rows."
 PARTS = 16  # partitions that scores are sorted in
 
 
@@ -49,31 +51,52 @@ def evaluate(scores_df: DataFrame, group: str | None = None) -> Metrics:
 
     Raises LcSparkError when the split has one class only, or a score is not in [0, 1].
     """
-    row = scores_df.agg(
-        F.count("*").alias("rows"),
-        F.sum("label").alias("positives"),
-        F.sum("score").alias("predicted"),
-        F.avg(_loss_column()).alias("logloss"),
-        F.count_if(~F.coalesce(F.col("score").between(0, 1), F.lit(False))).alias("bad"),
-    ).first()
-    if row is None or not 0 < (row["positives"] or 0) < row["rows"]:
-        raise LcSparkError("The split to evaluate holds one class only: give it more rows.")
-    if row["bad"]:
-        raise LcSparkError(f"{row['bad']} scores are not in [0, 1]: training diverged.")
-    rate = row["positives"] / row["rows"]
-    entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
-    group_auc, groups, left_out = (None, 0, 0) if group is None else _group_auc(scores_df, group)
-    return Metrics(
-        rows=int(row["rows"]),
-        positives=int(row["positives"]),
-        auc=exact_auc(scores_df),
-        logloss=float(row["logloss"]),
-        ne=float(row["logloss"]) / entropy,
-        calibration=float(row["predicted"]) / float(row["positives"]),
-        group_auc=group_auc,
-        groups=groups,
-        groups_left_out=left_out,
+    found = evaluate_systems(scores_df.withColumn("system", F.lit("")), group)
+    if not found:
+        raise LcSparkError(ONE_CLASS)
+    return found[""]
+
+
+def evaluate_systems(scores_df: DataFrame, group: str | None = None) -> dict[str, Metrics]:
+    """Return the metrics of each system in (system, label, score[, group]), in a few passes.
+
+    Raises LcSparkError as evaluate does.
+    """
+    rows = (
+        scores_df.groupBy("system")
+        .agg(
+            F.count("*").alias("rows"),
+            F.sum("label").alias("positives"),
+            F.sum("score").alias("predicted"),
+            F.avg(_loss_column()).alias("logloss"),
+            F.count_if(~F.coalesce(F.col("score").between(0, 1), F.lit(False))).alias("bad"),
+        )
+        .collect()
     )
+    for row in rows:
+        if not 0 < (row["positives"] or 0) < row["rows"]:
+            raise LcSparkError(ONE_CLASS)
+        if row["bad"]:
+            raise LcSparkError(f"{row['bad']} scores are not in [0, 1]: training diverged.")
+    aucs = exact_aucs(scores_df)
+    groups = {} if group is None else _group_aucs(scores_df, group)
+    found = {}
+    for row in rows:
+        rate = row["positives"] / row["rows"]
+        entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+        group_auc, n_groups, left_out = groups.get(row["system"], (None, 0, 0))
+        found[row["system"]] = Metrics(
+            rows=int(row["rows"]),
+            positives=int(row["positives"]),
+            auc=aucs[row["system"]],
+            logloss=float(row["logloss"]),
+            ne=float(row["logloss"]) / entropy,
+            calibration=float(row["predicted"]) / float(row["positives"]),
+            group_auc=group_auc,
+            groups=n_groups,
+            groups_left_out=left_out,
+        )
+    return found
 
 
 def log_loss(scores_df: DataFrame) -> float:
@@ -84,66 +107,82 @@ def log_loss(scores_df: DataFrame) -> float:
     return float(row[0])
 
 
+def log_losses(scores_df: DataFrame) -> dict[str, float]:
+    """Return the log loss of each system in (system, label, score), in nats."""
+    rows = scores_df.groupBy("system").agg(F.avg(_loss_column()).alias("loss")).collect()
+    return {row["system"]: float(row["loss"]) for row in rows}
+
+
 def _loss_column() -> Column:
     bounded = F.greatest(F.lit(SMALLEST), F.least(F.lit(1 - SMALLEST), F.col("score")))
     return -F.log(F.when(F.col("label") == 1, bounded).otherwise(1 - bounded))
 
 
 def exact_auc(scores_df: DataFrame) -> float:
-    """Return the exact AUC of (label, score), a tie counting half.
+    """Return the exact AUC of (label, score), a tie counting half."""
+    return exact_aucs(scores_df.withColumn("system", F.lit("")))[""]
+
+
+def exact_aucs(scores_df: DataFrame) -> dict[str, float]:
+    """Return the exact AUC of each system in (system, label, score), a tie counting half.
 
     Scores are range-partitioned; each part counts its own pairs, and the pairs between parts come
     from their totals, so that no row leaves its partition for one place.
     """
-    tied_df = scores_df.groupBy("score").agg(
+    tied_df = scores_df.groupBy("system", "score").agg(
         F.sum("label").cast("long").alias("positives"),
         F.count_if(F.col("label") == 0).alias("negatives"),
     )
-    parted_df = tied_df.repartitionByRange(PARTS, "score").withColumn(
+    parted_df = tied_df.repartitionByRange(PARTS, "system", "score").withColumn(
         "part", F.spark_partition_id()
     )
-    below = Window.partitionBy("part").orderBy("score").rowsBetween(Window.unboundedPreceding, -1)
+    by_score = Window.partitionBy("part", "system").orderBy("score")
+    below = by_score.rowsBetween(Window.unboundedPreceding, -1)
     negatives_below = F.coalesce(F.sum("negatives").over(below), F.lit(0))
     # Twice the pairs, in decimals: doubles stop being exact at 2^53.
     pairs = F.col("positives").cast("decimal(19,0)") * (2 * negatives_below + F.col("negatives"))
     parts = (
         parted_df.withColumn("pairs", pairs)
-        .groupBy("part")
+        .groupBy("system", "part")
         .agg(F.sum("positives").alias("p"), F.sum("negatives").alias("n"), F.sum("pairs"))
-        .orderBy("part")
+        .orderBy("system", "part")
         .collect()
     )
-    doubled = negatives = positives = 0
-    for part in parts:
-        doubled += int(part["sum(pairs)"]) + 2 * part["p"] * negatives
-        positives += part["p"]
-        negatives += part["n"]
-    return doubled / (2 * positives * negatives)
+    aucs = {}
+    for system, its_parts in itertools.groupby(parts, key=lambda part: part["system"]):
+        doubled = negatives = positives = 0
+        for part in its_parts:
+            doubled += int(part["sum(pairs)"]) + 2 * part["p"] * negatives
+            positives += part["p"]
+            negatives += part["n"]
+        aucs[str(system)] = doubled / (2 * positives * negatives)
+    return aucs
 
 
-def _group_auc(scores_df: DataFrame, group: str) -> tuple[float | None, int, int]:
-    """Return AUC averaged over groups by rows, the groups used, and those with one class."""
-    by_score = Window.partitionBy(group).orderBy("score")
-    ties = Window.partitionBy(group, "score")
+def _group_aucs(scores_df: DataFrame, group: str) -> dict[str, tuple[float | None, int, int]]:
+    """Return for each system AUC averaged over groups by rows, groups used, and those left out.
+
+    Left out are groups with one class.
+    """
+    by_score = Window.partitionBy("system", group).orderBy("score")
+    ties = Window.partitionBy("system", group, "score")
     middle_rank = F.rank().over(by_score) + (F.count("*").over(ties) - 1) / 2
     rank_sum = F.sum(F.when(F.col("label") == 1, F.col("rank")))
     p, n = F.sum("label"), F.count_if(F.col("label") == 0)
     groups_df = (
         scores_df.withColumn("rank", middle_rank)
-        .groupBy(group)
+        .groupBy("system", group)
         .agg(p.alias("p"), n.alias("n"), F.count("*").alias("rows"), rank_sum.alias("rank_sum"))
     )
     both = (F.col("p") > 0) & (F.col("n") > 0)
     auc = (F.col("rank_sum") - F.col("p") * (F.col("p") + 1) / 2) / (F.col("p") * F.col("n"))
-    row = groups_df.agg(
-        (F.sum(F.when(both, auc * F.col("rows"))) / F.sum(F.when(both, F.col("rows")))).alias(
-            "auc"
-        ),
-        F.count_if(both).alias("used"),
-        F.count_if(~both).alias("left_out"),
-    ).first()
-    assert row is not None, "an aggregate without keys has one row"
-    return row["auc"], int(row["used"]), int(row["left_out"])
+    mean = F.sum(F.when(both, auc * F.col("rows"))) / F.sum(F.when(both, F.col("rows")))
+    rows = (
+        groups_df.groupBy("system")
+        .agg(mean.alias("auc"), F.count_if(both).alias("n"), F.count_if(~both).alias("left_out"))
+        .collect()
+    )
+    return {row["system"]: (row["auc"], int(row["n"]), int(row["left_out"])) for row in rows}
 
 
 def score_buckets(scores_df: DataFrame, n: int) -> list[Bucket]:

@@ -8,14 +8,16 @@ import contextlib
 import datetime
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable
 
 import pyarrow.parquet as pq
+from pyspark import StorageLevel
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import evaluate, facts, figures, ingest, score, tables, tracking
+from lc_spark import evaluate, facts, figures, ingest, metrics, score, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.facts import Facts
@@ -30,21 +32,29 @@ Stage = Callable[[SparkSession, Config, str, datetime.date | None], Facts]
 
 
 def run_stage(
-    name: str, spark: SparkSession, config: Config, date: datetime.date | None = None
+    name: str,
+    spark: SparkSession,
+    config: Config,
+    date: datetime.date | None = None,
+    parent: str | None = None,
 ) -> Facts:
-    """Run one stage, note its facts and seconds in ``stages/<name>.json``, and return them."""
-    parent = _parent_run(config, new=name == "ingest")
+    """Run one stage, note its facts and seconds in ``stages/<name>.json``, and return them.
+
+    parent is the MLflow run that the stage's run goes under: by default that of the pipeline.
+    """
+    under = parent or _parent_run(config, new=name == "ingest")
     log.info("%s: started", name)
     started = time.perf_counter()
     try:
-        made = STAGES[name](spark, config, parent, date)
+        made = STAGES[name](spark, config, under, date)
     except BaseException:
-        tracking.end_pipeline(config, parent, "FAILED")
+        tracking.end_run(config, under, "FAILED")
         raise
     made["seconds"] = round(time.perf_counter() - started, 1)
+    made["settings"] = facts.settings_digest(config, name)
     facts.write(config, name, made)
     if name == "evaluate":
-        tracking.end_pipeline(config, parent, "FINISHED")
+        tracking.end_run(config, under, "FINISHED")
     log.info("%s: %s (%.0f s)", name, made.pop("summary"), made["seconds"])
     return made
 
@@ -57,6 +67,19 @@ def _parent_run(config: Config, new: bool) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(run_id, encoding="utf-8")
     return path.read_text(encoding="utf-8")
+
+
+def ensure_stage(name: str, spark: SparkSession, config: Config, parent: str) -> None:
+    """Run a stage under the parent run, unless it was last run with the same settings.
+
+    Whether the source has changed since is not looked at.
+    """
+    if facts.exists(config, name):
+        noted = facts.read(config, name).get("settings")
+        if noted == facts.settings_digest(config, name):
+            log.info("%s: done before with the same settings", name)
+            return
+    run_stage(name, spark, config, None, parent)
 
 
 def ingest_stage(
@@ -125,15 +148,30 @@ def features_stage(
 def train_lr_stage(
     spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
 ) -> Facts:
-    """Train shards -> models/lr, Delta lr_weights."""
+    """Train shards -> models/lr, Delta lr_weights; and the LRs that a start holds rows out of."""
     field_map = read_field_map(config)
-    folder = config.workspace_path / "vectors"
+    parts = lr.held_out_parts(config, read_manifest(config))
     with tracking.stage(config, parent, "lr") as run:
         run.log_params(config.lr.model_dump())
         run.set_tags({"fingerprint": field_map.fingerprint})
-        vectors_df = lr.shard_vectors(spark, config, field_map, "train", str(folder))
-        fit = lr.fit_lr(vectors_df, config)
+        vectors = {
+            split: lr.shard_vectors(
+                spark, config, field_map, split, str(config.workspace_path / "vectors" / split)
+            )
+            for split in ("train", "valid")
+        }
+        train_df = vectors["train"].persist(StorageLevel.MEMORY_AND_DISK)
+        fit, model, valid_losses = lr.fit_path(train_df, vectors["valid"], config)
         lr.save_lr(fit, config, field_map)
+        held_out = lr.fit_held_out(train_df, parts, fit.l2, config, field_map)
+        # AUC on the rows it was fitted on, beside that on rows it has not seen: how much it leaks.
+        aucs = {
+            "train": metrics.exact_auc(lr.scores_df(model, train_df)),
+            "valid": metrics.exact_auc(lr.scores_df(model, vectors["valid"])),
+            **held_out,
+        }
+        train_df.unpersist()
+        shutil.rmtree(config.workspace_path / "vectors")
         levels_df = tables.read(spark, config, "vocabulary")
         weights_df = lr.lr_weights_df(spark, fit, levels_df, field_map)
         version = tables.write(weights_df, config, "lr_weights", ("field",))
@@ -142,13 +180,19 @@ def train_lr_stage(
         run.log_figure(figures.lr_loss(fit.loss_history), "lr_loss.svg")
         run.set_tags({"lr_weights_version": str(version)})
         per_pass = fit.seconds / max(fit.iterations, 1)
-        run.log_metrics({"iterations": fit.iterations, "seconds_per_epoch": per_pass})
+        run.log_metrics({"iterations": fit.iterations, "seconds_per_epoch": per_pass, "l2": fit.l2})
+        run.log_metrics({f"{rows}_auc": auc for rows, auc in aucs.items()})
         return {
             "seconds_per_epoch": per_pass,
             "loss_history": fit.loss_history,
+            "l2": fit.l2,
+            "valid_logloss_by_l2": valid_losses,
+            "aucs": aucs,
             "run_id": run.run_id,
-            "summary": f"{fit.iterations} passes over {field_map.d:,} weights, objective "
-            f"{fit.loss_history[0]:.5f} -> {fit.loss_history[-1]:.5f}; table lr_weights",
+            "summary": f"l2 {fit.l2:g}, {fit.iterations} passes over {field_map.d:,} weights, "
+            f"objective {fit.loss_history[0]:.5f} -> {fit.loss_history[-1]:.5f}; AUC "
+            + ", ".join(f"{rows} {auc:.4f}" for rows, auc in aucs.items())
+            + "; table lr_weights",
         }
 
 
@@ -165,21 +209,26 @@ def train_lc_stage(
             run.log_params(config.training_of(system).model_dump(mode="json"))
             run.set_tags({"fingerprint": field_map.fingerprint, "system": system.system})
         results = launch.launch(spark, config, systems, [run.run_id for run in runs])
+        failed = {s.name: r["error"] for s, r in zip(systems, results, strict=True) if "error" in r}
         for system, run, result in zip(systems, runs, results, strict=True):
+            if system.name in failed:
+                continue
             losses = figures.loss_by_epoch({system.name: evaluate.history(result)})
             run.log_figure(losses, "loss.svg")
             trained[system.name] = {**result, "run_id": run.run_id}
             log.info(
-                "train_lc: %s: best epoch %s of %d, validation AUC %.4f; %s train rows = %s seen "
-                "in an epoch + %s left over",
+                "train_lc: %s: best epoch %.3g of %.3g, validation AUC %.4f; %s train rows = %s "
+                "seen in an epoch + %s left over",
                 system.name,
                 result["best_epoch"],
-                len(result["epochs"]),
+                result["epochs"][-1]["epoch"],
                 result["best_valid_auc"],
                 f"{result['rows_per_epoch'] + result['rows_left_over']:,}",
                 f"{result['rows_per_epoch']:,}",
                 f"{result['rows_left_over']:,}",
             )
+        for name, error in failed.items():
+            raise LcSparkError(f"Training '{name}': {error}")
     return {"systems": trained, "summary": f"trained {', '.join(trained) or 'nothing'}"}
 
 

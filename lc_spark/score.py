@@ -1,8 +1,10 @@
 """Turns shards, or raw rows and a bundle, into scores on the executors."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 from pyspark.sql import DataFrame, SparkSession
@@ -12,30 +14,68 @@ from lc_spark.features.prepare import prepared_column
 from lc_spark.field_map import FieldMap, require_same
 from lc_spark.training import models
 from lc_spark.training.lr import read_shards
-from lc_spark.training.scorer import Scorer, encoded_columns, score_encoded
+from lc_spark.training.scorer import Scorer, encoded_columns, score_ids
 
 Batches = Iterable[pa.RecordBatch]
+SCORED = ["system", "row_id", "label", "score"]
+MODEL_BYTES = 2**29  # models that a task holds at once
 
 
 def shard_scores_df(
-    spark: SparkSession, config: Config, field_map: FieldMap, model_folder: Path, split: str
+    spark: SparkSession,
+    config: Config,
+    field_map: FieldMap,
+    folders: Mapping[str, Path],
+    split: str,
 ) -> DataFrame:
-    """Return (row_id long, label float, score double) of every row of a split's shards."""
-    model, description = models.load(model_folder)
-    require_same(field_map.fingerprint, description["fingerprint"], f"The model in {model_folder}")
-    shared = spark.sparkContext.broadcast((field_map, model))
+    """Return (system, row_id long, label float, score double) of every row of a split's shards.
+
+    folders are the model folders by system; a row is read once for as many of them as a task has
+    the memory for.
+    """
+    shards_df = read_shards(spark, config, split)
+    names = ["row_id", "label", *(f"`{info.name}`" for info in field_map.fields)]
+    shards_df = shards_df.select(*names)
+    parts = [
+        _scored_df(shards_df, field_map, {name: folders[name] for name in together})
+        for together in _batches_of_models(folders)
+    ]
+    return functools.reduce(DataFrame.unionByName, parts)
+
+
+def _batches_of_models(folders: Mapping[str, Path]) -> list[list[str]]:
+    batches: list[list[str]] = [[]]
+    held = 0
+    for name, folder in folders.items():
+        path = folder / models.MODEL_FILE
+        size = path.stat().st_size if path.is_file() else 0
+        if batches[-1] and held + size > MODEL_BYTES:
+            batches.append([])
+            held = 0
+        batches[-1].append(name)
+        held += size
+    return batches
+
+
+def _scored_df(shards_df: DataFrame, field_map: FieldMap, folders: Mapping[str, Path]) -> DataFrame:
+    networks = {}
+    for name, folder in folders.items():
+        networks[name], description = models.load(folder)
+        require_same(field_map.fingerprint, description["fingerprint"], f"The model in {folder}")
+    shared = shards_df.sparkSession.sparkContext.broadcast((field_map, networks))
 
     def score(batches: Batches) -> Batches:
         torch.set_num_threads(1)  # the task has one core
-        fields, network = shared.value
+        fields, ready = shared.value
         for batch in batches:
-            scores = score_encoded(network, encoded_columns(batch, fields), fields)
-            arrays = [batch.column("row_id"), batch.column("label"), pa.array(scores)]
-            yield pa.RecordBatch.from_arrays(arrays, names=["row_id", "label", "score"])
+            ids, values = models.to_tensors(encoded_columns(batch, fields), fields)
+            for name, network in ready.items():
+                system = pa.array(np.repeat(name, batch.num_rows), pa.string())
+                scores = pa.array(score_ids(network, ids, values))
+                arrays = [system, batch.column("row_id"), batch.column("label"), scores]
+                yield pa.RecordBatch.from_arrays(arrays, names=SCORED)
 
-    shards_df = read_shards(spark, config, split)
-    names = ["row_id", "label", *(f"`{info.name}`" for info in field_map.fields)]
-    return shards_df.select(*names).mapInArrow(score, "row_id long, label float, score double")
+    return shards_df.mapInArrow(score, "system string, row_id long, label float, score double")
 
 
 def raw_scores_df(raw_df: DataFrame, bundle: Path) -> DataFrame:

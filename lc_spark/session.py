@@ -67,7 +67,7 @@ def start(config: Config) -> SparkSession:
 
 
 def _local_master(config: Config) -> str:
-    ranks = max(config.training_of(system).ranks for system in config.systems)
+    ranks = config.most_ranks
     return f"local[{max(os.cpu_count() or 1, ranks)}]"
 
 

@@ -10,7 +10,14 @@ from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 
 TableName = Literal[
-    "raw", "rejected", "vocabulary", "lr_weights", "test_scores", "evaluation", "scores"
+    "raw",
+    "rejected",
+    "vocabulary",
+    "lr_weights",
+    "test_scores",
+    "evaluation",
+    "experiment_scores",
+    "scores",
 ]
 
 WRITTEN_BY = {
@@ -20,6 +27,7 @@ WRITTEN_BY = {
     "lr_weights": "train_lr",
     "test_scores": "evaluate",
     "evaluation": "evaluate",
+    "experiment_scores": "experiment",
     "scores": "score",
 }
 NEEDS_MAPPING = set(" ,;{}()\n\t=")  # Delta takes these in column names only by a mapping

@@ -161,25 +161,31 @@ def _git_tags() -> dict[str, str]:
     return {"mlflow.source.git.commit": said}
 
 
-def end_pipeline(config: Config, run_id: str, status: str) -> None:
-    """End the parent run as FINISHED or FAILED."""
+def end_run(config: Config, run_id: str, status: str) -> None:
+    """End a run as FINISHED or FAILED."""
     _client(uri_of(config)).set_terminated(run_id, status)
 
 
 @contextlib.contextmanager
 def stage(config: Config, parent_run_id: str, name: str) -> Iterator[StageRun]:
     """Open a child run for one stage; it ends as FAILED when the block raises."""
+    run = start_child(config, parent_run_id, name)
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    finally:
+        end_run(config, run.run_id, status)
+
+
+def start_child(config: Config, parent_run_id: str, name: str) -> StageRun:
+    """Start a child run and leave it running."""
     uri = uri_of(config)
     client = _client(uri)
     experiment_id = client.get_run(parent_run_id).info.experiment_id
     tags = {"mlflow.parentRunId": parent_run_id, "mlflow.user": getpass.getuser(), "stage": name}
     run_id = str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
-    status = "FAILED"
-    try:
-        yield StageRun(uri, run_id)
-        status = "FINISHED"
-    finally:
-        client.set_terminated(run_id, status)
+    return StageRun(uri, run_id)
 
 
 def append_to(uri: str, run_id: str) -> StageRun:

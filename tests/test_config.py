@@ -112,7 +112,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_the_allowed_ones(
         ("training.dropout", 1, ["training.dropout", "is 1", "less than 1"]),
         ("systems.1.training.channels", 0, ["systems.1.training.channels", "greater than 0"]),
         ("systems.0", "lc_dn", ["systems.0.system", "Did you mean 'lc_dnn'?", "'lc_wd'"]),
-        ("lr.l2", -1, ["lr.l2", "is -1", "greater than or equal to 0"]),
+        ("lr.l2", -1, ["lr.l2.0", "is -1", "greater than or equal to 0"]),
         ("split", {"by": "has"}, ["split.by", "is 'has'", "Did you mean 'hash'?", "date"]),
         ("split", {}, ["split.by", "missing", "Allowed: hash, date"]),
         ("split.test", 0.9, ["split", "valid + test", "below 1"]),
@@ -218,7 +218,7 @@ def test_overrides_reach_nested_keys_lists_and_empty_sections(tmp_path: Path) ->
     made = config_file.load(path, overrides)
     assert made.seed == 11
     assert made.training == Training(epochs=3, hidden=(8, 4))
-    assert made.lr.l2 == 1e-3
+    assert made.lr.l2 == (1e-3,)
     assert [system.name for system in made.systems] == ["lr"]
     assert made.source.reject == {"gone": "x IS NULL"}
     assert made.label == "a=1"

@@ -29,6 +29,11 @@ def manifest(folder: Path) -> dict[str, Any]:
     return loader.read_manifest(folder, FIELD_MAP)
 
 
+def groups_of(manifest: dict[str, Any]) -> list[int]:
+    groups: list[int] = manifest["splits"]["train"]["row_groups"]
+    return groups
+
+
 def row_ids(batches: Iterator[loader.Batch]) -> list[int]:
     return [int(i) for batch in batches for i in batch.row_ids]
 
@@ -69,7 +74,7 @@ def test_evaluation_batches_hold_what_the_rows_were_made_of(
 def test_training_gives_every_rank_exactly_the_same_number_of_full_batches(
     folder: Path, manifest: dict[str, Any], world_size: int, batch_size: int, steps: int
 ) -> None:
-    assert loader.steps_per_epoch(manifest, world_size, batch_size) == steps
+    assert loader.steps_per_epoch(groups_of(manifest), world_size, batch_size) == steps
     seen: list[int] = []
     for rank in range(world_size):
         batches = list(
@@ -136,7 +141,7 @@ def test_too_few_rows_for_one_batch_a_rank_is_an_error(
     manifest: dict[str, Any], world_size: int, batch_size: int
 ) -> None:
     with pytest.raises(LcSparkError, match=r"Lower training\.batch_size"):
-        loader.steps_per_epoch(manifest, world_size, batch_size)
+        loader.steps_per_epoch(groups_of(manifest), world_size, batch_size)
 
 
 def test_part_files_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:

@@ -44,12 +44,13 @@ def test_vectors_hold_offset_and_value_of_every_kind_of_field(
     )
     config = make_config()
     rows = [
-        (1, 1.0, 0, 3, [2, 4, -1], 0.5, 1),
-        (2, 0.0, 4, 0, [0, -1, -1], float("nan"), 0),
-        (3, 1.0, 2, 1, [1, 2, 3], -1.5, 2),
-        (4, 0.0, 1, 2, [4, -1, -1], 0.0, 2),
+        (1, 1.0, 0, 9, 3, [2, 4, -1], 0.5, 1),
+        (2, 0.0, 4, 9, 0, [0, -1, -1], float("nan"), 0),
+        (3, 1.0, 2, 8, 1, [1, 2, 3], -1.5, 2),
+        (4, 0.0, 1, 9, 2, [4, -1, -1], 0.0, 2),
     ]
-    schema = "row_id long, label float, fold int, site int, tags array<int>, price float, hour int"
+    schema = "row_id long, label float, fold int, date int, site int, tags array<int>, price float"
+    schema += ", hour int"
     folder = config.workspace_path / "shards" / "split=train"
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(folder))
     vectors = str(config.workspace_path / "vectors")
@@ -121,7 +122,8 @@ def small(spark: SparkSession, make_config: ConfigMaker) -> tuple[Config, lr.LrF
         for path in part_files(config.workspace_path / "shards", split):
             make_sets(path)
     vectors = str(config.workspace_path / "vectors")
-    fit = lr.fit_lr(lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors), config)
+    [l2] = config.lr.l2
+    fit, _ = lr.fit_lr(lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors), config, l2)
     lr.save_lr(fit, config, FIELD_MAP)
     return config, fit
 
@@ -130,7 +132,7 @@ def test_weights_equal_scikit_learns_on_the_same_matrix(small: tuple[Config, lr.
     config, fit = small
     x, y = matrix_of(config, FIELD_MAP, "train")
     assert x.shape == (3000, FIELD_MAP.d)
-    theirs = scikit_learn_lr(x, y, config.lr.l2)
+    theirs = scikit_learn_lr(x, y, config.lr.l2[0])
     assert fit.weights == pytest.approx(theirs.coef_[0], abs=1e-3)
     assert fit.bias == pytest.approx(theirs.intercept_[0], abs=1e-3)
     assert np.abs(fit.weights).max() > 0.5, "there is something to find"
@@ -142,7 +144,7 @@ def test_the_objective_falls_to_the_mean_loss_with_its_penalty(
     config, fit = small
     x, y = matrix_of(config, FIELD_MAP, "train")
     signed = (x @ fit.weights + fit.bias) * (2 * y.to_numpy() - 1)
-    penalty = config.lr.l2 / 2 * (fit.weights**2).sum()
+    penalty = config.lr.l2[0] / 2 * (fit.weights**2).sum()
     assert fit.loss_history[-1] == pytest.approx(np.logaddexp(0, -signed).mean() + penalty)
     assert list(fit.loss_history) == sorted(fit.loss_history, reverse=True)
     assert fit.iterations == len(fit.loss_history) - 1
@@ -159,7 +161,7 @@ def test_the_stored_model_scores_as_mllibs_own(
         for split in ("train", "test")
     }
     estimator = LogisticRegression(
-        maxIter=500, regParam=config.lr.l2, tol=1e-10, standardization=False
+        maxIter=500, regParam=config.lr.l2[0], tol=1e-10, standardization=False
     )
     own_df = estimator.fit(vectors_df["train"]).transform(vectors_df["test"])
     theirs = {
@@ -169,7 +171,7 @@ def test_the_stored_model_scores_as_mllibs_own(
         ).collect()
     }
     folder = config.workspace_path / "models" / "lr"
-    ours_df = score.shard_scores_df(spark, config, FIELD_MAP, folder, "test")
+    ours_df = score.shard_scores_df(spark, config, FIELD_MAP, {"lr": folder}, "test")
     ours = {row["row_id"]: row["score"] for row in ours_df.collect()}
     assert len(ours) == 1000
     assert ours == pytest.approx(theirs, abs=1e-6)
@@ -201,7 +203,7 @@ def test_lr_weights_have_a_row_a_feature_with_its_value(spark: SparkSession) -> 
         ("age", 1, "(value)", 9),
     ]
     levels_df = spark.createDataFrame(levels, "field string, index int, value string, count long")
-    fit = lr.LrFit(np.array([0.5, 0.0, -1.0, 0.25, 2.0]), 0.1, (0.7, 0.6), 1, 1.0)
+    fit = lr.LrFit(np.array([0.5, 0.0, -1.0, 0.25, 2.0]), 0.1, 1e-5, (0.7, 0.6), 1, 1.0)
     weights_df = lr.lr_weights_df(spark, fit, levels_df, field_map)
     assert weights_df.columns == ["field", "value", "index", "count", "weight"]
     found = {
@@ -249,7 +251,9 @@ def flights(
     for stage in ("ingest", "features", "train_lr"):
         pipeline.run_stage(stage, spark, config)
     field_map = pipeline.read_field_map(config)
-    scores_df = score.shard_scores_df(spark, config, field_map, workspace / "models/lr", "test")
+    scores_df = score.shard_scores_df(
+        spark, config, field_map, {"lr": workspace / "models/lr"}, "test"
+    )
     return config, field_map, metrics.exact_auc(scores_df)
 
 
@@ -261,7 +265,7 @@ def test_the_flights_auc_is_scikit_learns_on_the_same_columns(
     x, y = matrix_of(config, field_map, "train")
     manifest = json.loads((config.workspace_path / "shards" / "manifest.json").read_text())
     assert x.shape == (manifest["splits"]["train"]["rows"], field_map.d)
-    theirs = ScikitLearnLr(C=1 / (x.shape[0] * config.lr.l2), max_iter=200).fit(x, y)
+    theirs = ScikitLearnLr(C=1 / (x.shape[0] * config.lr.l2[0]), max_iter=200).fit(x, y)
     x_test, y_test = matrix_of(config, field_map, "test")
     their_auc = roc_auc_score(y_test, theirs.decision_function(x_test))
     print(f"AUC of LR on the flights: MLlib {auc:.5f}, scikit-learn {their_auc:.5f}")
@@ -328,7 +332,7 @@ def test_the_flights_auc_is_that_of_an_lr_made_with_pandas_and_scikit_learn_alon
         ]
     ).tocsr()
     late = raw["arr_delay"] > 15
-    theirs = ScikitLearnLr(C=1 / (train.sum() * config.lr.l2), max_iter=200)
+    theirs = ScikitLearnLr(C=1 / (train.sum() * config.lr.l2[0]), max_iter=200)
     theirs.fit(x_train, late[train])
     their_auc = roc_auc_score(late[test], theirs.decision_function(x_test))
     print(f"AUC of LR on the flights: ours {auc:.5f}, from raw rows without us {their_auc:.5f}")

@@ -38,6 +38,7 @@ X = np.array(
     ],
     np.float32,
 )
+NORM = ("running_mean", "running_var", "weight", "bias")
 BLOCKS = [slice(0, 4), slice(4, 6), slice(6, 11), slice(11, 14)]
 
 
@@ -105,9 +106,9 @@ def test_network_without_batch_norm_is_the_papers_formula(system: str, channels:
         model.wide.data = torch.linspace(-1, 1, 14).unsqueeze(1)
     w = weights_of(model)
     l0 = l0_of(w["m1.weight"]).reshape(3, -1)
-    l1 = np.maximum(l0 @ w["mlp.layers.1.weight"].T + w["mlp.layers.1.bias"], 0)
-    l2 = np.maximum(l1 @ w["mlp.layers.3.weight"].T + w["mlp.layers.3.bias"], 0)
-    logits = (l2 @ w["mlp.layers.5.weight"].T + w["mlp.layers.5.bias"])[:, 0]
+    l1 = np.maximum(l0 @ w["deep.layers.1.weight"].T + w["deep.layers.1.bias"], 0)
+    l2 = np.maximum(l1 @ w["deep.layers.3.weight"].T + w["deep.layers.3.bias"], 0)
+    logits = (l2 @ w["deep.layers.5.weight"].T + w["deep.layers.5.bias"])[:, 0]
     if system == "lc_wd":
         logits = logits + X @ w["wide"][:, 0]
     got = model(*models.to_tensors(ENCODED, FIELD_MAP)).detach().numpy()
@@ -126,10 +127,10 @@ def test_batch_norm_normalises_l0_and_each_hidden_layer() -> None:
         result: NDArray[Any] = (x - mean) / np.sqrt(var + 1e-5) * scale + shift
         return result
 
-    l0 = norm(l0_of(w["m1.weight"]).reshape(3, -1), "mlp.layers.1")
-    l1 = np.maximum(norm(l0 @ w["mlp.layers.2.weight"].T, "mlp.layers.3"), 0)
-    l2 = np.maximum(norm(l1 @ w["mlp.layers.5.weight"].T, "mlp.layers.6"), 0)
-    logits = (l2 @ w["mlp.layers.8.weight"].T + w["mlp.layers.8.bias"])[:, 0]
+    l0 = norm(l0_of(w["m1.weight"]).reshape(3, -1), "deep.layers.1")
+    l1 = np.maximum(norm(l0 @ w["deep.layers.2.weight"].T, "deep.layers.3"), 0)
+    l2 = np.maximum(norm(l1 @ w["deep.layers.5.weight"].T, "deep.layers.6"), 0)
+    logits = (l2 @ w["deep.layers.8.weight"].T + w["deep.layers.8.bias"])[:, 0]
     got = model(*models.to_tensors(ENCODED, FIELD_MAP)).detach().numpy()
     np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-6)
 
@@ -143,59 +144,89 @@ def test_dropout_acts_in_training_alone() -> None:
     assert torch.equal(model(*batch), model(*batch))
 
 
-@pytest.mark.parametrize("start", ["lr", "frozen"])
-def test_start_from_lr_sets_channel_0_and_leaves_the_others_small(start: Any) -> None:
+def lr_of(weights: NDArray[Any], bias: float = 0.25) -> models.Lr:
+    return models.Lr.from_weights(weights, bias)
+
+
+def test_start_from_lr_sets_channel_0_and_leaves_the_others_small() -> None:
     model = build("lc_wd", channels=3)
-    lr_weights = torch.linspace(-2, 2, 14)
-    models.start_from_lr(model, lr_weights, start)
+    lr_weights = np.linspace(-2, 2, 14, dtype=np.float32)
+    models.start_from_lr(model, lr_of(lr_weights))
     weight = model.m1.weight.detach()
-    assert torch.equal(weight[:, 0], lr_weights)
+    np.testing.assert_array_equal(weight[:, 0].numpy(), lr_weights)
     assert 0 < weight[:, 1:].abs().max() < 0.1
-    assert model.m1.weight.requires_grad == (start == "lr")
     assert not model.wide.any()
 
 
-def test_random_start_does_not_use_lr() -> None:
-    model = build("lc_dnn")
-    before = model.m1.weight.detach().clone()
-    models.start_from_lr(model, torch.ones(14), "random")
-    assert torch.equal(model.m1.weight, before)
-    assert 0.001 < before.std() < 0.1
+def test_random_start_is_small_and_not_zero() -> None:
+    assert 0.001 < build("lc_dnn").m1.weight.std() < 0.1
 
 
 def test_lr_weights_of_another_size_are_refused() -> None:
     with pytest.raises(LcSparkError, match="13 weights, M1 needs 14"):
-        models.start_from_lr(build("lc_dnn"), torch.ones(13), "lr")
+        models.start_from_lr(build("lc_dnn"), lr_of(np.ones(13)))
 
 
-@pytest.mark.parametrize("system", ["lr", "lc_dnn", "lc_wd"])
-@pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("batch_norm", [True, False])
-def test_parameter_count_is_the_size_of_the_weight_tensors(
-    system: str, channels: int, batch_norm: bool
-) -> None:
-    model = build(system, channels=channels, batch_norm=batch_norm)
-    # What is no weight: biases, and the scale of BatchNorm, a vector.
-    tensors = [
-        tensor
-        for name, tensor in model.named_parameters()
-        if not name.endswith("bias") and (tensor.dim() == 2 or system == "lr")
-    ]
-    count = models.parameter_count(system, 14, 4, (6, 5), channels)
-    assert count == sum(tensor.numel() for tensor in tensors)
+def test_lr_equivalent_scores_as_lr_before_training() -> None:
+    """The paper's Fig. 1: W = M1 M2, M2 all ones."""
+    weights = np.random.default_rng(0).normal(size=14)
+    model = build("lr_equivalent")
+    models.start_from_lr(model, lr_of(weights, -0.7))
+    batch = models.to_tensors(ENCODED, FIELD_MAP)
+    ours = model(*batch).sigmoid().detach().numpy()
+    theirs = lr_of(weights, -0.7)(*batch).sigmoid().detach().numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert [name for name, _ in model.named_parameters()] == ["m1.weight", "deep.bias"]
 
 
-@pytest.mark.parametrize(
-    ("system", "expected"), [("lr", "8.67E+06"), ("lc_dnn", "1.11E+07"), ("lc_wd", "1.98E+07")]
-)
-def test_parameter_count_of_the_papers_app_data(system: str, expected: str) -> None:
-    count = models.parameter_count(system, 8_672_633, 158, (2048, 1024), 1)
-    assert f"{count:.2E}" == expected
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_dnn_is_the_papers_formula(batch_norm: bool) -> None:
+    model = build("dnn", batch_norm=batch_norm)
+    model(*models.to_tensors(ENCODED, FIELD_MAP))
+    model.eval()
+    w = weights_of(model)
+    assert w["first"].shape == (14, 6)
+
+    def hidden(x: NDArray[Any], layer: int) -> NDArray[Any]:
+        if batch_norm:
+            norm = {name: w[f"deep.layers.{layer}.{name}"] for name in NORM}
+            x = (x - norm["running_mean"]) / np.sqrt(norm["running_var"] + 1e-5)
+            x = x * norm["weight"] + norm["bias"]
+        return np.maximum(x, 0)
+
+    l1 = hidden(X @ w["first"] + (0 if batch_norm else w["deep.bias"]), 0)
+    second, last = (2, 5) if batch_norm else (1, 3)
+    l2 = l1 @ w[f"deep.layers.{second}.weight"].T
+    l2 = hidden(l2 + (0 if batch_norm else w[f"deep.layers.{second}.bias"]), second + 1)
+    logits = (l2 @ w[f"deep.layers.{last}.weight"].T + w[f"deep.layers.{last}.bias"])[:, 0]
+    got = model(*models.to_tensors(ENCODED, FIELD_MAP)).detach().numpy()
+    np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("system", ["lr", "lc_dnn", "lc_wd"])
+def test_resnet_adds_each_block_to_what_it_was_given() -> None:
+    model = build("lc_resnet", channels=2, batch_norm=False).eval()
+    w = weights_of(model)
+
+    def linear(x: NDArray[Any], layer: str) -> NDArray[Any]:
+        result: NDArray[Any] = x @ w[f"deep.{layer}.weight"].T + w[f"deep.{layer}.bias"]
+        return result
+
+    h = linear(l0_of(w["m1.weight"]).reshape(3, -1), "first.1")
+    for block in range(2):
+        inner = linear(np.maximum(h, 0), f"blocks.{block}.1")
+        assert inner.shape == (3, (6, 5)[block])
+        h = h + linear(np.maximum(inner, 0), f"blocks.{block}.3")
+    logits = linear(np.maximum(h, 0), "last.1")[:, 0]
+    got = model(*models.to_tensors(ENCODED, FIELD_MAP)).detach().numpy()
+    np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-6)
+
+
+SYSTEMS = ("lr", "lr_equivalent", "dnn", "lc_dnn", "lc_wd", "lc_resnet", "wide_deep")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_saved_model_scores_the_same_bit_for_bit(system: str, tmp_path: Path) -> None:
-    model = build(system, channels=2)
+    model = lr_of(np.linspace(0, 1, 14)) if system == "lr" else build(system)
     batch = models.to_tensors(ENCODED, FIELD_MAP)
     model(*batch)
     model.eval()

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -18,10 +19,12 @@ from training_data import write_shards as write
 
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.parameters import parameter_count
 from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.launch import launch
 from lc_spark.training.learner import schedule_factor
-from lc_spark.training.loop import TrainSpec, run_rank, train
+from lc_spark.training.loop import run_rank, train
+from lc_spark.training.spec import TrainSpec
 
 SIZES = {"train": (900, 900, 850, 900), "valid": (400, 401)}
 
@@ -78,10 +81,14 @@ def test_result_accounts_for_rows_and_keeps_the_best_epoch(folder: Path) -> None
     assert [entry["epoch"] for entry in result["epochs"]] == [1, 2, 3]
     best = max(result["epochs"], key=lambda entry: entry["valid_auc"])
     assert result["best_epoch"] == best["epoch"]
-    assert result["parameters"] == models.parameter_count("lc_dnn", FIELD_MAP.d, 4, (16, 8), 1)
+    assert result["parameters"] == parameter_count("lc_dnn", FIELD_MAP.d, 4, (16, 8)).total
     assert json.loads(json.dumps(result)) == result
     output = folder / "models" / "lc_dnn"
-    assert sorted(p.name for p in output.iterdir()) == ["model.json", "model.safetensors"]
+    assert sorted(p.name for p in output.iterdir()) == [
+        "model.json",
+        "model.safetensors",
+        "result.json",
+    ]
     # What was kept scores the valid split as the result says.
     model, description = models.load(output)
     assert description["fingerprint"] == FIELD_MAP.fingerprint
@@ -102,6 +109,7 @@ def test_same_seed_gives_the_same_weights_and_another_does_not(folder: Path) -> 
     other_seed = dataclasses.replace(spec, seed=8)
     runs = []
     for each in (spec, spec, other_seed):
+        (Path(spec.output) / "result.json").unlink(missing_ok=True)
         train(each)
         runs.append(trained(each))
     assert same(runs[0], runs[1])
@@ -302,8 +310,8 @@ def test_torch_distributor_trains_in_local_mode(
     assert same(with_spark, trained(spec))
     assert again["best_valid_auc"] == result["best_valid_auc"]
     broken = make_config(tmp_path, {"m1_learning_rate": 1e38, "batch_norm": False})
-    with pytest.raises(LcSparkError, match=r"Training 'deep': The loss is (nan|inf) at step"):
-        launch(spark, broken, broken.systems[:1], [None])
+    [result] = launch(spark, broken, broken.systems[:1], [None])
+    assert re.match(r"The loss is (nan|inf) at step", result["error"])
     many = make_config(tmp_path, {"ranks": 3})
     with pytest.raises(LcSparkError, match=r"training\.ranks is 3, but local\[2\] runs 2"):
         launch(spark, many, many.systems[:1], [None])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lc_spark.field_map import FieldInfo, FieldMap
-from lc_spark.systems import Training
+from lc_spark.systems import SystemKind, Training
 from lc_spark.training import models
-from lc_spark.training.loop import TrainSpec
+from lc_spark.training.spec import TrainSpec
 
 FIELD_MAP = FieldMap(
     (
@@ -28,6 +28,7 @@ FIELD_MAP = FieldMap(
         FieldInfo("hour", "bucketed", 25, column="hour", cut_points=tuple(range(1, 24))),
     )
 )
+FOLDS, DAYS, FIRST_DATE = 3, 10, 19_000
 CATEGORICAL_MAP = FieldMap((FIELD_MAP.fields[0], FIELD_MAP.fields[3]))
 
 
@@ -70,7 +71,8 @@ def write_shards(
             columns = {
                 "row_id": np.arange(next_id, next_id + size),
                 "label": rows["label"],
-                "fold": np.zeros(size, np.int32),
+                "fold": np.arange(next_id, next_id + size, dtype=np.int32) % FOLDS,
+                "date": (FIRST_DATE + np.arange(size) % DAYS).astype(np.int32),
                 **{f.name: _column(rows[f.name]) for f in field_map.fields},
             }
             path = shards / f"split={split}" / f"part-{i:05d}-made-up.c000.zstd.parquet"
@@ -82,6 +84,7 @@ def write_shards(
             "rows": sum(groups),
             "positives": int(positives),
             "row_groups": list(groups),
+            "last_date": FIRST_DATE + DAYS - 1,
         }
         (shards / f"split={split}" / "_SUCCESS").touch()
     (shards / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
@@ -99,21 +102,21 @@ def make_spec(folder: Path, system: str = "lc_dnn", **settings: Any) -> TrainSpe
     )
     return TrainSpec(
         name=system,
-        system="lc_wd" if system == "lc_wd" else "lc_dnn",
+        system=cast(SystemKind, system),
         training=training.model_dump(mode="json"),
         shards=str(folder / "shards"),
         field_map=str(folder / "field_map.json"),
-        lr_model=str(folder / "models" / "lr"),
         output=str(folder / "models" / system),
         seed=7,
-        digest="0123456789abcdef",
+        lr_model=str(folder / "models" / "lr"),
     )
 
 
-def write_lr(folder: Path, field_map: FieldMap, weights: NDArray[Any]) -> None:
-    """Write an LR model with the given weights [d] where a spec of make_spec looks for it."""
+def write_lr(folder: Path, field_map: FieldMap, weights: NDArray[Any], name: str = "lr") -> str:
+    """Write an LR model with the given weights [d], by default where make_spec looks for it."""
     lr_model = models.Lr.from_weights(weights, 0.25)
-    models.save(lr_model, folder / "models" / "lr", field_map.fingerprint, {})
+    models.save(lr_model, folder / "models" / name, field_map.fingerprint, {})
+    return str(folder / "models" / name)
 
 
 _RANK = """

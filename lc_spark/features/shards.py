@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame
@@ -79,17 +80,20 @@ def write_shards(
         split_column(config).alias("split"),
         F.xxhash64(F.lit(f"shuffle {config.seed}"), "row_id").alias("__key"),
         fold_column(config).alias("fold"),
+        F.unix_date("date").alias("__date"),
     )
     ends = _part_ends(keyed_df, config)
-    keep = ("row_id", "label", "fold", "split", "__key", "__part")
+    keep = ("row_id", "label", "fold", "__date", "split", "__key", "__part")
     placed_df = keyed_df.withColumn("__part", _part_column(ends))
     n_parts = sum(len(split_ends) + 1 for split_ends in ends.values())
     folder = config.workspace_path / "shards"
     manifest_path = folder / "manifest.json"
     manifest_path.unlink(missing_ok=True)  # half-written shards must not look whole
     shuffled_df = _to_partitions(encoded_df(placed_df, field_map, vocabulary, keep), n_parts)
-    written_df = shuffled_df.sortWithinPartitions("split", "__key", "row_id").drop(
-        "__key", "__part"
+    written_df = (
+        shuffled_df.sortWithinPartitions("split", "__key", "row_id")
+        .drop("__key", "__part")
+        .withColumnRenamed("__date", "date")
     )
     # A block above any part keeps one row group a file.
     writer = written_df.write.mode("overwrite").partitionBy("split")
@@ -111,7 +115,7 @@ def _part_ends(keyed_df: DataFrame, config: Config) -> dict[str, list[int]]:
     Exact order statistics in two cheap passes over row ids: count ranges of keys, then look into
     the few ranges where a part ends.
     """
-    ranks = max(config.training_of(system).ranks for system in config.systems)
+    ranks = config.most_ranks
     in_range = F.floor(F.col("__key") / F.lit(2**64 // RANGES)).cast("long")
     keys_df = keyed_df.select("split", "__key", in_range.alias("range"))
     counted = keys_df.groupBy("split", "range").count().collect()
@@ -175,12 +179,17 @@ def _manifest(
     folder: Path, field_map: FieldMap, config: Config, raw_version: int
 ) -> dict[str, Any]:
     splits = {}
-    ranks = max(config.training_of(system).ranks for system in config.systems)
+    ranks = config.most_ranks
     for split in SPLITS:
-        files = part_files(folder, split)
-        positives = sum(_label_sum(path) for path in files)
-        groups = [pq.read_metadata(path).num_rows for path in files]
-        splits[split] = {"rows": sum(groups), "positives": positives, "row_groups": groups}
+        parts = [pq.read_table(p, columns=["label", "date"]) for p in part_files(folder, split)]
+        groups = [part.num_rows for part in parts]
+        splits[split] = {
+            "rows": sum(groups),
+            "positives": int(sum(pc.sum(part["label"]).as_py() or 0 for part in parts)),
+            "row_groups": groups,
+            # Days since 1970, as the parts have them.
+            "last_date": max(pc.max(part["date"]).as_py() for part in parts if part.num_rows),
+        }
         if len(groups) % ranks:
             raise LcSparkError(
                 f"The {split} split has {len(groups)} parts for {ranks} ranks: it has too few "
@@ -198,8 +207,9 @@ def _manifest(
     }
 
 
-def _label_sum(path: Path) -> int:
-    return int(pq.read_table(path, columns=["label"])["label"].to_numpy().sum())
+def first_date(manifest: dict[str, Any], days: int) -> int:
+    """Return the first of the last `days` train days, in days since 1970."""
+    return int(manifest["splits"]["train"]["last_date"]) - days + 1
 
 
 def part_files(folder: Path, split: str) -> list[Path]:

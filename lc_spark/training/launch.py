@@ -13,8 +13,11 @@ from pyspark.sql import SparkSession
 from lc_spark import tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
-from lc_spark.systems import System
-from lc_spark.training.loop import TrainSpec, run_rank
+from lc_spark.features import shards
+from lc_spark.systems import System, Training
+from lc_spark.training import lr
+from lc_spark.training.loop import run_rank
+from lc_spark.training.spec import TrainSpec
 
 
 def launch(
@@ -22,11 +25,17 @@ def launch(
 ) -> list[dict[str, Any]]:
     """Train systems one after the other, each by training.ranks ranks; return loop.train's results.
 
-    Needs the shards and, unless training.start is random, the LR model in the workspace; leaves the
-    models in models/<name>. Metrics go to the MLflow runs, where there is one. Executors must have
-    lc_spark installed and see the workspace folder. Raises LcSparkError when training fails.
+    Needs the shards and, unless training.start is random, the LR models in the workspace; leaves
+    the models in models/<name>. Metrics go to the MLflow runs, where there is one. Executors must
+    have lc_spark installed and see the workspace folder. A system that cannot be trained has
+    {"error": sentence} in place of its result. Raises LcSparkError when a rank dies.
     """
-    specs = [_spec(config, *pair) for pair in zip(systems, run_ids, strict=True)]
+    specs = [train_spec(config, *pair) for pair in zip(systems, run_ids, strict=True)]
+    return launch_specs(spark, specs)
+
+
+def launch_specs(spark: SparkSession, specs: Sequence[TrainSpec]) -> list[dict[str, Any]]:
+    """Run specs as launch does."""
     # Between the ranks and the driver stands a process that prints to a pipe: without this the
     # progress bar would come all at once, at its end.
     spark.sparkContext.environment["PYTHONUNBUFFERED"] = "1"
@@ -49,14 +58,18 @@ def _run(specs: list[TrainSpec], ranks: int, device: str) -> list[dict[str, Any]
             f"Training {', '.join(names)} ended on an executor: {_reason(str(error))} Its output "
             "is above. Started again, a system goes on from its last whole epoch."
         ) from error
-    assert results is not None, "rank 0 returns results or an error"
-    for name, result in zip(names, results, strict=False):
-        if "error" in result:
-            raise LcSparkError(f"Training '{name}': {result['error']}")
+    assert results is not None, "rank 0 returns results"
     return list(results)
 
 
-def _spec(config: Config, system: System, run_id: str | None) -> TrainSpec:
+def train_spec(
+    config: Config,
+    system: System,
+    run_id: str | None,
+    seed: int | None = None,
+    watch: tuple[str, ...] = (),
+) -> TrainSpec:
+    """Return what the ranks need to know of a system; the seed is the config's by default."""
     if system.system == "lr":
         raise LcSparkError(f"'{system.name}' is an lr: the train_lr stage trains it.")
     training = config.training_of(system)
@@ -67,13 +80,21 @@ def _spec(config: Config, system: System, run_id: str | None) -> TrainSpec:
         training=training.model_dump(mode="json"),
         shards=str(workspace / "shards"),
         field_map=str(workspace / "field_map.json"),
-        lr_model=None if training.start == "random" else str(workspace / "models" / "lr"),
         output=str(workspace / "models" / system.name),
-        seed=config.seed,
-        digest=config.digest(),
+        seed=config.seed if seed is None else seed,
+        lr_model=None if training.start == "random" else str(workspace / "models" / "lr"),
+        held_out_lr=lr.held_out_folders(config, training),
+        first_date=_first_date(config, training),
+        watch=watch,
         tracking_uri=None if run_id is None else tracking.uri_of(config),
         run_id=run_id,
     )
+
+
+def _first_date(config: Config, training: Training) -> int | None:
+    if training.start != "lr_past" or training.days is None:
+        return None
+    return shards.first_date(shards.read_manifest(config), training.days)
 
 
 def _check_slots(spark: SparkSession, ranks: int) -> None:

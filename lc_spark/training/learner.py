@@ -1,13 +1,13 @@
-"""Turns batches into updates of one LC network: the step that every rank takes together.
+"""Turns batches into updates of one network: the step that every rank takes together.
 
-M1 and the wide weights go through optim.RowAdam, the MLP through AdamW. The MLP's gradients travel
-as one vector, not through DistributedDataParallel: that lays its buckets out anew after the first
-step, and with three ranks or more the order of a sum, and so its last bits, then depends on where a
-run was killed.
+What is read by id (M1, the wide weights, W1 of a DNN) goes through optim.RowAdam, the rest through
+AdamW. The gradients of the rest travel as one vector, not through DistributedDataParallel: that
+lays its buckets out anew after the first step, and with three ranks or more the order of a sum, and
+so its last bits, then depends on where a run was killed.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,32 +16,60 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from lc_spark.errors import LcSparkError
 from lc_spark.systems import Training
 from lc_spark.training.loader import Batch
-from lc_spark.training.models import LcNetwork
+from lc_spark.training.models import Dnn, LcNetwork, TrainedNetwork
 from lc_spark.training.optim import RowAdam
+from lc_spark.training.start import Copies
 from lc_spark.training.world import World
+
+
+class Read(NamedTuple):
+    """Rows of tables that a step read, one leaf a table, and who updates them."""
+
+    row_adam: RowAdam
+    ids: Tensor  # [n]
+    leaves: list[Tensor]  # [..., k], n rows in all
+    present: Tensor | None  # which of the n rows the batch really has; None: all of them
+
+    def update(self, factor: float) -> None:
+        """Pass the leaves' gradients on, those of absent rows left out."""
+        gradients = [None if x.grad is None else x.grad.flatten(0, -2) for x in self.leaves]
+        if all(gradient is None for gradient in gradients):
+            return
+        ids = self.ids
+        if self.present is not None:
+            ids = ids[self.present]
+            gradients = [None if g is None else g[self.present] for g in gradients]
+        self.row_adam.step(ids, gradients, factor)
 
 
 class Learner:
     """A network with its optimisers, over `total_steps` steps of the learning-rate schedule."""
 
     def __init__(
-        self, model: LcNetwork, settings: Training, total_steps: int, world: World
+        self,
+        model: TrainedNetwork,
+        settings: Training,
+        total_steps: int,
+        world: World,
+        copies: Copies | None = None,
     ) -> None:
         """Take a network that is the same on every rank; tables without gradient stay fixed."""
         self.model = model.to(world.device)
         self.settings, self.total_steps, self.world = settings, total_steps, world
         self.adamw = torch.optim.AdamW(
-            model.mlp.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            model.deep.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.trained = [i for i, table in enumerate(model.tables) if table.requires_grad]
-        self.row_adam = None
-        if self.trained:
-            self.row_adam = RowAdam(
-                [model.tables[i] for i in self.trained],
-                settings.m1_learning_rate,
-                settings.m1_weight_decay,
-                world,
-            )
+        self.row_adam = self._row_adam([model.tables[i] for i in self.trained])
+        self.copies = copies
+        if copies is not None:
+            copies.to(world.device)
+            if copies.final is None:
+                copies.row_adam = self._row_adam([copies.table])
+
+    def _row_adam(self, tables: list[Tensor]) -> RowAdam | None:
+        rate, decay = self.settings.m1_learning_rate, self.settings.m1_weight_decay
+        return RowAdam(tables, rate, decay, self.world) if tables else None
 
     def step(self, batch: Batch, step: int) -> float:
         """Update the weights by one batch a rank; return the mean loss over all their rows.
@@ -50,12 +78,12 @@ class Learner:
         LcSparkError on every rank, before any update.
         """
         ids, values, labels = self.to_device(batch)
-        rows = [table.detach()[ids] for table in self.model.tables]
-        for i in self.trained:
-            rows[i].requires_grad_()
         bfloat16 = self.settings.precision == "bfloat16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bfloat16):
-            logits = self.model.from_rows(rows, values)
+            if isinstance(self.model, Dnn):
+                logits, reads = self._read_distinct(self.model, ids, values)
+            else:
+                logits, reads = self._read_rows(self.model, batch, ids, values)
         loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels)
         self.adamw.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -69,19 +97,63 @@ class Learner:
         for group in self.adamw.param_groups:
             group["lr"] = self.settings.learning_rate * factor
         self.adamw.step()
-        if self.row_adam is not None:
-            gradients = [g.flatten(0, 1) for i in self.trained if (g := rows[i].grad) is not None]
-            flat_ids = ids.flatten()
-            if values is not None:
-                # Padding has value 0: its features are not in the row and stand still.
-                present = values.flatten().nonzero().squeeze(1)
-                flat_ids, gradients = flat_ids[present], [g[present] for g in gradients]
-            self.row_adam.step(flat_ids, gradients, factor)
+        for read in reads:
+            read.update(factor)
         return mean_loss
+
+    def _read_rows(
+        self, model: LcNetwork, batch: Batch, ids: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, list[Read]]:
+        """Return logits [B] of an LC network, and the rows that their gradients go to."""
+        # Padding has value 0: its features are not in the row and stand still.
+        present = None if values is None else values.flatten().nonzero().squeeze(1)
+        leaves = [table.detach()[ids] for table in model.tables]
+        for i in self.trained:
+            leaves[i].requires_grad_()
+        reads = []
+        if self.row_adam is not None:
+            trained = [leaves[i] for i in self.trained]
+            reads.append(Read(self.row_adam, ids.flatten(), trained, present))
+        rows = list(leaves)
+        if self.copies is not None:
+            copy_ids = self.copies.ids(ids, batch.folds.to(self.world.device))
+            leaf = self.copies.table[copy_ids]
+            if self.copies.row_adam is not None:
+                leaf.requires_grad_()
+                reads.append(Read(self.copies.row_adam, copy_ids.flatten(), [leaf], present))
+            further = model.m1.weight.shape[1] > 1
+            rows[0] = torch.cat([leaf, leaves[0][..., 1:]], dim=-1) if further else leaf
+        return model.from_rows(rows, values), reads
+
+    def _read_distinct(
+        self, model: Dnn, ids: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, list[Read]]:
+        """Return logits [B] of a DNN, and the distinct rows that their gradients go to."""
+        distinct, places = torch.unique(ids, return_inverse=True)
+        leaf = model.first.detach()[distinct].requires_grad_()
+        logits = model.from_distinct(leaf, places, values)
+        assert self.row_adam is not None, "a DNN trains W1"
+        present = None
+        if values is not None:
+            present = torch.zeros(len(distinct), dtype=torch.bool, device=distinct.device)
+            present[places[values != 0]] = True
+        return logits, [Read(self.row_adam, distinct, [leaf], present)]
+
+    def settle(self) -> None:
+        """Make the network's M1 what it would be if training ended here. Collective."""
+        self.average_statistics()
+        if self.copies is not None:
+            assert isinstance(self.model, LcNetwork), "only the LC family has copies of M1"
+            self.copies.settle(self.model.m1.weight)
+
+    def end_copies(self) -> None:
+        """Go on with one M1, trained with the rest."""
+        self.settle()
+        self.copies = None
 
     def _average_gradients(self, loss: Tensor) -> float:
         """Set the MLP's gradients to their mean over ranks; return the mean loss."""
-        gradients = [p.grad for p in self.model.mlp.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.model.deep.parameters() if p.grad is not None]
         vector = torch.cat([parameters_to_vector(gradients), loss.detach().reshape(1)])
         vector = self.world.mean(vector)
         vector_to_parameters(vector[:-1], gradients)
@@ -102,7 +174,7 @@ class Learner:
 
     def average_statistics(self) -> None:
         """Set BatchNorm's running statistics to their mean over ranks. Collective."""
-        for buffer in self.model.mlp.buffers():
+        for buffer in self.model.deep.buffers():
             if buffer.is_floating_point():
                 self.world.mean(buffer)
 
@@ -113,6 +185,9 @@ class Learner:
             tensors |= {f"adamw.{i}.{key}": t for key, t in state.items()}
         if self.row_adam is not None:
             tensors |= {f"rows.{name}": t for name, t in self.row_adam.state().items()}
+        if self.copies is not None and self.copies.row_adam is not None:
+            tensors["copies"] = self.copies.table
+            tensors |= {f"copy_rows.{name}": t for name, t in self.copies.row_adam.state().items()}
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -126,6 +201,9 @@ class Learner:
         self.adamw.load_state_dict({"state": adamw, "param_groups": groups})
         if self.row_adam is not None:
             self.row_adam.load_state(_under("rows.", tensors))
+        if self.copies is not None and self.copies.row_adam is not None:
+            self.copies.table.copy_(tensors["copies"])
+            self.copies.row_adam.load_state(_under("copy_rows.", tensors))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

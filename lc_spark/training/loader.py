@@ -6,11 +6,12 @@ the order is the same every time, and reading overlaps the training step.
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     values: Tensor | None  # float32
     labels: Tensor  # float32
     row_ids: Tensor  # int64
+    folds: Tensor  # int64
 
 
 def read_manifest(shards: Path, field_map: FieldMap) -> dict[str, Any]:
@@ -46,13 +48,27 @@ def read_manifest(shards: Path, field_map: FieldMap) -> dict[str, Any]:
     return manifest
 
 
-def steps_per_epoch(manifest: dict[str, Any], world_size: int, batch_size: int) -> int:
+def train_row_groups(
+    shards: Path, manifest: dict[str, Any], first_date: int | None = None
+) -> list[int]:
+    """Return the rows of each train row group, of first_date (days since 1970) or later."""
+    groups: list[int] = manifest["splits"]["train"]["row_groups"]
+    if first_date is None:
+        return groups
+    dates = (
+        pq.ParquetFile(path).read(["date"])["date"].to_numpy()
+        for path in _files(shards, manifest, "train")
+    )
+    return [int((column >= first_date).sum()) for column in dates]
+
+
+def steps_per_epoch(groups: Sequence[int], world_size: int, batch_size: int) -> int:
     """Return the number of batches that every rank can fill from its own train rows.
 
-    world_size * batch_size rows a step; what is left over differs from epoch to epoch, since the
-    order does. Raises LcSparkError when a rank cannot fill one batch.
+    groups are the rows of each row group (see train_row_groups). world_size * batch_size rows a
+    step; what is left over differs from epoch to epoch, since the order does. Raises LcSparkError
+    when a rank cannot fill one batch.
     """
-    groups = manifest["splits"]["train"]["row_groups"]
     rows = min(sum(groups[rank::world_size]) for rank in range(world_size))
     if rows < batch_size:
         raise LcSparkError(
@@ -72,18 +88,21 @@ def training_batches(
     batch_size: int,
     epoch: int,
     seed: int,
-) -> Iterator[Batch]:
+    first_date: int | None = None,
+) -> Generator[Batch, None, None]:
     """Yield exactly steps_per_epoch batches of batch_size train rows to a rank.
 
-    Row groups, and rows within each, come in an order drawn from (seed, epoch).
+    Row groups, and rows within each, come in an order drawn from (seed, epoch). Rows of days
+    before first_date (days since 1970) are passed over.
     """
-    steps = steps_per_epoch(manifest, world_size, batch_size)
+    groups = train_row_groups(shards, manifest, first_date)
+    steps = steps_per_epoch(groups, world_size, batch_size)
     files = _files(shards, manifest, "train")[rank::world_size]
     random = np.random.default_rng([seed % 2**32, epoch, rank])
     # petastorm takes a seed of 0 for none.
     reader_seed = int(random.integers(1, 2**31))
     parts: list[Batch] = []
-    for group in _row_groups(files, field_map, reader_seed):
+    for group in _row_groups(files, field_map, reader_seed, first_date):
         order = torch.from_numpy(random.permutation(len(group.labels)))
         parts.append(_select(group, order))
         rows = _concatenate(parts)
@@ -140,14 +159,18 @@ def _files(shards: Path, manifest: dict[str, Any], split: str) -> list[Path]:
 
 
 def _row_groups(
-    files: Sequence[Path], field_map: FieldMap, shuffle_seed: int | None
+    files: Sequence[Path],
+    field_map: FieldMap,
+    shuffle_seed: int | None,
+    first_date: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the row groups of the files without end: in order, or shuffled by the seed.
 
     Never a finite reader: petastorm 0.13 may take its ventilator for done between two of its own
     checks and drop the last row groups without a word. The callers count what they need.
     """
-    names = ["label", "row_id", *(info.name for info in field_map.fields)]
+    names = ["label", "row_id", "fold", *(info.name for info in field_map.fields)]
+    names += [] if first_date is None else ["date"]
     # Its reader thread calls pyarrow's legacy dataset for every row group; the pin to pyarrow 14 is
     # known. Not in a `with`: that would end before the thread does.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
@@ -168,7 +191,11 @@ def _row_groups(
             ids, values = to_tensors(columns, field_map)
             labels = torch.from_numpy(np.array(columns["label"], np.float32))
             row_ids = torch.from_numpy(np.array(columns["row_id"], np.int64))
-            yield Batch(ids, values, labels, row_ids)
+            folds = torch.from_numpy(np.array(columns["fold"], np.int64))
+            batch = Batch(ids, values, labels, row_ids, folds)
+            if first_date is not None:
+                batch = _select(batch, torch.from_numpy(columns["date"] >= first_date))
+            yield batch
     finally:
         reader.stop()
         reader.join()
@@ -176,7 +203,9 @@ def _row_groups(
 
 def _select(batch: Batch, rows: slice | Tensor) -> Batch:
     values = None if batch.values is None else batch.values[rows]
-    return Batch(batch.ids[rows], values, batch.labels[rows], batch.row_ids[rows])
+    return Batch(
+        batch.ids[rows], values, batch.labels[rows], batch.row_ids[rows], batch.folds[rows]
+    )
 
 
 def _concatenate(parts: Sequence[Batch]) -> Batch:
@@ -186,4 +215,5 @@ def _concatenate(parts: Sequence[Batch]) -> Batch:
         torch.cat(values) if values else None,
         torch.cat([part.labels for part in parts]),
         torch.cat([part.row_ids for part in parts]),
+        torch.cat([part.folds for part in parts]),
     )

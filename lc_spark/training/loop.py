@@ -1,26 +1,31 @@
-"""Turns shards, a field map and an LR model into a trained LC network; runs once in each rank.
+"""Turns shards, a field map and LR models into a trained network; runs once in each rank.
 
 All that a rank decides (to go on from a checkpoint, to stop early, that the loss is no number) it
 decides from what every rank knows, so that none waits for another that has left.
 """
 
-import hashlib
+import contextlib
+import itertools
 import math
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
 from lc_spark.errors import LcSparkError
-from lc_spark.field_map import FieldMap, require_same
+from lc_spark.field_map import FieldMap
+from lc_spark.parameters import parameter_count
 from lc_spark.systems import Training
 from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.learner import Learner
+from lc_spark.training.memory import check_memory
+from lc_spark.training.spec import TrainSpec, finished, note_result
+from lc_spark.training.start import at_start
 from lc_spark.training.world import LineStream, World, joined
 
 if TYPE_CHECKING:
@@ -31,38 +36,21 @@ PROGRESS_SECONDS = 5.0
 EVALUATION_BATCH_SIZE = 8192
 
 
-@dataclass(frozen=True)
-class TrainSpec:
-    """What one training run needs, in values that survive JSON."""
-
-    name: str  # of the system, as shown
-    system: Literal["lc_dnn", "lc_wd"]
-    training: dict[str, Any]  # config.Training
-    shards: str  # folder
-    field_map: str  # file
-    lr_model: str | None  # folder; None only with start: random
-    output: str  # folder of the trained model
-    seed: int
-    digest: str  # of the whole config: a checkpoint of another one is not gone on from
-    tracking_uri: str | None = None
-    run_id: str | None = None
-
-
 def run_rank(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train one network after the other, each from a TrainSpec's fields; what executors run.
 
-    Returns the results in order, up to the first {"error": sentence} in place of LcSparkError: a
-    task that fails would reach the driver before rank 0's sentence does.
+    Returns the results in order, {"error": sentence} in place of LcSparkError: a task that fails
+    would reach the driver before rank 0's sentence does, and would take the others with it.
     """
     results: list[dict[str, Any]] = []
-    try:
-        parsed = [TrainSpec(**spec) for spec in specs]
-        with joined(Training.model_validate(parsed[0].training).device) as world:
-            for spec in parsed:
+    parsed = [TrainSpec(**spec) for spec in specs]
+    with joined(Training.model_validate(parsed[0].training).device) as world:
+        for spec in parsed:
+            try:
                 results.append(_Trainer(spec, world).run())
-    except LcSparkError as error:
-        print(f"rank {os.environ.get('RANK', '0')}: {error}", flush=True)
-        results.append({"error": str(error)})
+            except LcSparkError as error:
+                print(f"rank {os.environ.get('RANK', '0')}: {error}", flush=True)
+                results.append({"error": str(error)})
     return results
 
 
@@ -89,14 +77,18 @@ class _Trainer:
         self.field_map = FieldMap.read(Path(spec.field_map))
         self.manifest = loader.read_manifest(self.shards, self.field_map)
         self._check_valid_split()
-        self.steps = loader.steps_per_epoch(self.manifest, world.size, self.settings.batch_size)
-        torch.manual_seed(spec.seed)  # the same start on every rank
-        model = models.build(spec.system, self.field_map, self.settings)
-        assert isinstance(model, models.LcNetwork)
-        self.model = model
-        self._start()
-        total_steps = self.steps * self.settings.epochs
-        self.learner = Learner(model, self.settings, total_steps, world)
+        groups = loader.train_row_groups(self.shards, self.manifest, spec.first_date)
+        self.steps = loader.steps_per_epoch(groups, world.size, self.settings.batch_size)
+        self.rows = self.steps * self.settings.batch_size * world.size
+        self.left_over = sum(groups) - self.rows
+        self.count = parameter_count(
+            spec.system,
+            self.field_map.d,
+            len(self.field_map.fields),
+            self.settings.hidden,
+            self.settings.channels,
+            self.settings.batch_norm,
+        )
         self.history: list[dict[str, Any]] = []
         self.stage_run = self._stage_run()
 
@@ -108,19 +100,13 @@ class _Trainer:
                 "AUC needs both labels there. Give it more rows (split.valid or the split's dates)."
             )
 
-    def _start(self) -> None:
-        if self.settings.start == "random":
-            return
-        if self.spec.lr_model is None:
-            raise LcSparkError(
-                f"training.start is {self.settings.start}, but there is no LR model: run the "
-                "train_lr stage first, or set it to random."
-            )
-        folder = Path(self.spec.lr_model)
-        lr_model, description = models.load(folder)
-        require_same(self.field_map.fingerprint, description["fingerprint"], f"The LR in {folder}")
-        assert isinstance(lr_model, models.Lr)
-        models.start_from_lr(self.model, lr_model.weight, self.settings.start)
+    def _learner(self) -> Learner:
+        """Return the network at its start, with its optimisers."""
+        check_memory(self.spec.system, self.count, self.field_map, self.settings, self.world)
+        torch.manual_seed(self.spec.seed)  # the same start on every rank
+        model, copies = at_start(self.spec, self.settings, self.field_map)
+        steps = self.steps * self.settings.epochs
+        return Learner(model, self.settings, steps, self.world, copies)
 
     def _stage_run(self) -> "StageRun | None":
         if self.world.rank != 0 or self.spec.tracking_uri is None or self.spec.run_id is None:
@@ -130,81 +116,54 @@ class _Trainer:
         return append_to(self.spec.tracking_uri, self.spec.run_id)
 
     def run(self) -> dict[str, Any]:
-        """Train to the last epoch or the early stop; return the result."""
-        rows = self.steps * self.settings.batch_size * self.world.size
-        left_over = self.manifest["splits"]["train"]["rows"] - rows
+        """Train to the last epoch or the early stop, unless that was done; return the result."""
+        done = finished(self.spec)
+        if self.world.from_rank_0(int(done is not None)):
+            self.world.say(f"{self.spec.name}: trained before with the same settings and data")
+            done = done or {"epochs": []}  # a rank that cannot see the file: rank 0's counts
+            for entry in done["epochs"]:
+                self._log(entry)
+            return done
         self.world.say(
             f"{self.spec.name}: {self.steps:,} steps an epoch of {self.world.size} ranks x "
-            f"{self.settings.batch_size:,} rows: {rows:,} rows seen, {left_over:,} left over"
+            f"{self.settings.batch_size:,} rows: {self.rows:,} rows seen, "
+            f"{self.left_over:,} left over"
         )
-        self._restore()
-        while len(self.history) < self.settings.epochs and not self._stopped_early():
-            self._run_epoch(len(self.history) + 1, rows)
-        best = self._best()
+        self.learner = self._learner()
+        first = self._restore() + 1
+        for epoch in range(first, self.settings.epochs + 1):
+            if self._stopped_early():
+                break
+            self._epoch(epoch)
+        result = self._result()
         if self.world.rank == 0:
+            note_result(self.spec, result)
             checkpoint.remove(self.output / "checkpoint")
+        return result
+
+    def _result(self) -> dict[str, Any]:
+        best = self._best()
         return {
             "epochs": self.history,
             "best_epoch": best["epoch"],
             "best_valid_auc": best["valid_auc"],
             "best_valid_logloss": best["valid_logloss"],
-            "seconds_per_epoch": statistics.median(e["seconds"] for e in self.history),
-            "rows_per_epoch": rows,
-            "rows_left_over": left_over,
+            "seconds_per_epoch": self.rows
+            * statistics.median(e["seconds"] / e["rows"] for e in self.history),
+            "rows_per_epoch": self.rows,
+            "rows_left_over": self.left_over,
             "steps_per_epoch": self.steps,
-            "parameters": models.parameter_count(
-                self.spec.system,
-                self.field_map.d,
-                len(self.field_map.fields),
-                self.settings.hidden,
-                self.settings.channels,
-            ),
+            "parameters": self.count.total,
         }
 
-    def _run_epoch(self, epoch: int, rows: int) -> None:
-        started = time.perf_counter()
-        train_loss = self._epoch(epoch)
-        seconds = time.perf_counter() - started
-        valid_auc, valid_logloss = self._validate()
-        entry = {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            "valid_auc": valid_auc,
-            "valid_logloss": valid_logloss,
-            "seconds": round(seconds, 3),
-            "rows": rows,
-        }
-        self.history.append(entry)
-        self.world.say(
-            f"{self.spec.name} epoch {epoch}/{self.settings.epochs}: train loss {train_loss:.4f}, "
-            f"valid AUC {valid_auc:.4f}, valid log loss {valid_logloss:.4f}, "
-            f"{rows / seconds:,.0f} rows/s"
-        )
-        if self.stage_run is not None:
-            curves = {"epoch_train_loss": train_loss, "seconds": seconds}
-            curves |= {"valid_auc": valid_auc, "valid_logloss": valid_logloss}
-            self.stage_run.log_metrics(curves, step=epoch)
-        if self.world.rank == 0:
-            if self._best() is entry:
-                description = {"name": self.spec.name, "best": entry}
-                models.save(self.model, self.output, self.field_map.fingerprint, description)
-            self._save_checkpoint(epoch)
-
-    def _best(self) -> dict[str, Any]:
-        return max(self.history, key=lambda e: (e["valid_auc"], -e["epoch"]))
-
-    def _stopped_early(self) -> bool:
-        if not self.history:
-            return False
-        return len(self.history) - int(self._best()["epoch"]) >= self.settings.patience
-
-    def _epoch(self, epoch: int) -> float:
-        """Take every step of an epoch; return the mean loss over its rows."""
+    def _epoch(self, epoch: int) -> None:
+        """Take every step of an epoch, with a look at the valid split every so often."""
+        if epoch > self.settings.epochs - self.settings.joint_epochs:
+            self.learner.end_copies()
         # By epoch, so that a run that goes on from a checkpoint draws what it would have drawn.
         torch.manual_seed((self.spec.seed * 1_000_003 + epoch * 1_009 + self.world.rank) % 2**63)
-        self.model.train()
-        rows = self.settings.batch_size * self.world.size
-        losses = []
+        looks = self.settings.evaluations
+        ends = [self.steps * look // looks for look in range(1, looks + 1)]
         batches = loader.training_batches(
             self.shards,
             self.manifest,
@@ -214,35 +173,95 @@ class _Trainer:
             self.settings.batch_size,
             epoch,
             self.spec.seed,
+            self.spec.first_date,
         )
-        with tqdm(
+        with self._bar(epoch) as bar, contextlib.closing(batches):
+            for look, (begin, end) in enumerate(itertools.pairwise([0, *ends]), start=1):
+                if begin == end or self._stopped_early():
+                    continue
+                started = time.perf_counter()
+                losses = self._steps(itertools.islice(batches, end - begin), epoch, begin, bar)
+                seconds = time.perf_counter() - started
+                self._look(epoch - 1 + look / looks, losses, seconds)
+        if self.world.rank == 0:
+            state = self.learner.state()
+            progress = {"epochs": self.history}
+            identity = {**self.spec.identity(), "ranks": self.world.size}
+            checkpoint.save(self.output / "checkpoint", epoch, identity, state, progress)
+
+    def _bar(self, epoch: int) -> "tqdm[NoReturn]":
+        return tqdm(
             desc=f"{self.spec.name} epoch {epoch}",
-            total=self.steps * rows,
+            total=self.rows,
             unit=" rows",
             unit_scale=True,
             mininterval=PROGRESS_SECONDS,
             ascii=True,
             disable=self.world.rank != 0,
             file=LineStream(),
-        ) as bar:
-            for at, batch in enumerate(batches):
-                step = (epoch - 1) * self.steps + at
-                losses.append(self.learner.step(batch, step))
-                if self.stage_run is not None and step % LOG_EVERY_STEPS == 0:
-                    self.stage_run.log_metrics({"train_loss": losses[-1]}, step=step)
-                bar.update(rows)
-        self.learner.average_statistics()
-        return math.fsum(losses) / len(losses)
+        )
 
-    def _validate(self) -> tuple[float, float]:
-        """Return AUC and log loss of the whole valid split, in float32, as scoring will be."""
-        self.model.eval()
+    def _steps(
+        self, batches: Iterable[loader.Batch], epoch: int, begin: int, bar: "tqdm[NoReturn]"
+    ) -> list[float]:
+        """Take a step a batch, the first of them step `begin` of the epoch; return the losses."""
+        self.learner.model.train()
+        losses = []
+        for step, batch in enumerate(batches, start=(epoch - 1) * self.steps + begin):
+            losses.append(self.learner.step(batch, step))
+            if self.stage_run is not None and step % LOG_EVERY_STEPS == 0:
+                self.stage_run.log_metrics({"train_loss": losses[-1]}, step=step)
+            bar.update(self.settings.batch_size * self.world.size)
+        return losses
+
+    def _look(self, epoch: float, losses: list[float], seconds: float) -> None:
+        """Note the quality after so many epochs; keep the model if it is the best so far."""
+        self.learner.settle()
+        entry = {
+            "epoch": epoch,
+            "train_loss": math.fsum(losses) / len(losses),
+            "seconds": round(seconds, 3),
+            "rows": len(losses) * self.settings.batch_size * self.world.size,
+        }
+        for split in ("valid", *self.spec.watch):
+            entry[f"{split}_auc"], entry[f"{split}_logloss"] = self._quality(split)
+        self.history.append(entry)
+        self._log(entry)
+        self.world.say(
+            f"{self.spec.name} epoch {epoch:.3g}/{self.settings.epochs}: train loss "
+            f"{entry['train_loss']:.4f}, valid AUC {entry['valid_auc']:.4f}, valid log loss "
+            f"{entry['valid_logloss']:.4f}, {entry['rows'] / seconds:,.0f} rows/s"
+        )
+        if self.world.rank == 0 and self._best() is entry:
+            description = {"name": self.spec.name, "best": entry}
+            models.save(self.learner.model, self.output, self.field_map.fingerprint, description)
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        """Log the numbers after a part of an epoch; the step counts those parts."""
+        if self.stage_run is None:
+            return
+        curves = {k: v for k, v in entry.items() if k not in ("epoch", "train_loss", "rows")}
+        curves["epoch_train_loss"] = entry["train_loss"]
+        step = round(entry["epoch"] * self.settings.evaluations)
+        self.stage_run.log_metrics(curves, step=step)
+
+    def _best(self) -> dict[str, Any]:
+        return max(self.history, key=lambda e: (e["valid_auc"], -e["epoch"]))
+
+    def _stopped_early(self) -> bool:
+        if not self.history:
+            return False
+        return bool(self.history[-1]["epoch"] - self._best()["epoch"] >= self.settings.patience)
+
+    def _quality(self, split: str) -> tuple[float, float]:
+        """Return AUC and log loss of a whole split, in float32, as scoring will be."""
+        self.learner.model.eval()
         parts = [torch.empty(0, 2, device=self.world.device)]
         batches = loader.evaluation_batches(
             self.shards,
             self.manifest,
             self.field_map,
-            "valid",
+            split,
             self.world.rank,
             self.world.size,
             EVALUATION_BATCH_SIZE,
@@ -253,31 +272,18 @@ class _Trainer:
         labels, logits = self.world.gather(torch.cat(parts)).cpu().numpy().T
         return metrics.auc(labels, logits), metrics.log_loss(labels, logits)
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must share with this run to be gone on from."""
-        data = (self.shards / loader.MANIFEST_FILE).read_bytes()
-        if self.spec.lr_model is not None and self.settings.start != "random":
-            data += (Path(self.spec.lr_model) / models.MODEL_FILE).read_bytes()
-        return {
-            "config": self.spec.digest,
-            "fingerprint": self.field_map.fingerprint,
-            "data": hashlib.sha256(data).hexdigest()[:16],
-            "ranks": self.world.size,
-        }
-
-    def _save_checkpoint(self, epoch: int) -> None:
-        progress = {"epochs": self.history}
-        state = self.learner.state()
-        checkpoint.save(self.output / "checkpoint", epoch, self._identity(), state, progress)
-
-    def _restore(self) -> None:
-        """Take over the last checkpoint of the same run, if there is one."""
+    def _restore(self) -> int:
+        """Take over the last checkpoint of the same run, if there is one; return its epoch."""
         folder, epoch = self.output / "checkpoint", 0
         if self.world.rank == 0:
-            epoch = checkpoint.newest(folder, self._identity())
+            identity = {**self.spec.identity(), "ranks": self.world.size}
+            epoch = checkpoint.newest(folder, identity)
         epoch = self.world.from_rank_0(epoch)
         if epoch > 0:
+            if epoch > self.settings.epochs - self.settings.joint_epochs:
+                self.learner.end_copies()
             tensors, progress = checkpoint.load(folder, epoch, self.world.device)
             self.learner.load_state(tensors)
             self.history = progress["epochs"]
             self.world.say(f"{self.spec.name}: going on from the checkpoint after epoch {epoch}")
+        return epoch

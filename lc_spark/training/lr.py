@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pyspark.ml.classification import LogisticRegression
+from pyspark.ml.classification import LogisticRegression, LogisticRegressionModel
+from pyspark.ml.functions import vector_to_array
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession, Window, WindowSpec
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from lc_spark import metrics
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
-from lc_spark.features.shards import part_files
+from lc_spark.features.shards import first_date, part_files
 from lc_spark.field_map import FieldInfo, FieldMap, require_same
+from lc_spark.systems import Training
 from lc_spark.training import models
+
+log = logging.getLogger("lc_spark")
 
 MAX_FEATURES = 2**31 - 1  # MLlib's vectors have int32 indices
 
@@ -30,6 +36,7 @@ class LrFit:
 
     weights: NDArray[np.float64]
     bias: float
+    l2: float
     loss_history: tuple[float, ...]
     iterations: int
     seconds: float
@@ -38,7 +45,7 @@ class LrFit:
 def shard_vectors(
     spark: SparkSession, config: Config, field_map: FieldMap, split: str, folder: str
 ) -> DataFrame:
-    """Return (row_id, label, fold, features) of a split, features as MLlib's sparse vectors.
+    """Return (row_id, label, fold, date, features) of a split, features as MLlib's sparse vectors.
 
     The vectors' struct is written to a folder and read back as vectors: Parquet is where Spark
     turns the one into the other without a Python function.
@@ -67,7 +74,7 @@ def shard_vectors(
         F.concat(*indices).alias("indices"),
         F.concat(*values).alias("values"),
     )
-    columns = ["row_id", "label", "fold"]
+    columns = ["row_id", "label", "fold", "date"]
     shards_df.select(*columns, vector.alias("features")).write.mode("overwrite").parquet(folder)
     schema = T.StructType(
         [*[shards_df.schema[c] for c in columns], T.StructField("features", VectorUDT())]
@@ -101,11 +108,13 @@ def read_shards(spark: SparkSession, config: Config, split: str) -> DataFrame:
     return spark.read.parquet(*map(str, files))
 
 
-def fit_lr(vectors_df: DataFrame, config: Config) -> LrFit:
-    """Fit MLlib's LogisticRegression by L-BFGS on (label, features)."""
+def fit_lr(
+    vectors_df: DataFrame, config: Config, l2: float
+) -> tuple[LrFit, LogisticRegressionModel]:
+    """Fit MLlib's LogisticRegression by L-BFGS on (label, features), from zero weights."""
     estimator = LogisticRegression(
         maxIter=config.lr.max_iterations,
-        regParam=config.lr.l2,
+        regParam=l2,
         tol=config.lr.tolerance,
         standardization=False,  # one-hot inputs share a scale; continuous ones are standardised
     )
@@ -113,25 +122,124 @@ def fit_lr(vectors_df: DataFrame, config: Config) -> LrFit:
     model = estimator.fit(vectors_df)
     seconds = time.perf_counter() - started
     summary = model.summary
-    return LrFit(
+    fit = LrFit(
         weights=model.coefficients.toArray(),
         bias=float(model.intercept),
+        l2=l2,
         loss_history=tuple(summary.objectiveHistory),
         iterations=int(summary.totalIterations),
         seconds=seconds,
     )
+    return fit, model
 
 
-def save_lr(fit: LrFit, config: Config, field_map: FieldMap) -> None:
-    """Write models/lr, which the LC systems start from and which is scored as they are."""
+def scores_df(model: LogisticRegressionModel, vectors_df: DataFrame) -> DataFrame:
+    """Return (label, score) of vectors."""
+    positive = vector_to_array(F.col("probability"))[1]
+    return model.transform(vectors_df).select("label", positive.alias("score"))
+
+
+def fit_path(
+    train_df: DataFrame, valid_df: DataFrame, config: Config
+) -> tuple[LrFit, LogisticRegressionModel, dict[float, float]]:
+    """Fit LR for every lr.l2; return the one with the lowest validation log loss, and all of these.
+
+    The fits share train_df: cache it. Test rows choose nothing.
+    """
+    tried = []
+    losses: dict[float, float] = {}
+    for l2 in sorted(config.lr.l2, reverse=True):
+        fit, model = fit_lr(train_df, config, l2)
+        losses[l2] = metrics.log_loss(scores_df(model, valid_df))
+        log.info("train_lr: l2 %g: validation log loss %.5f (%.0f s)", l2, losses[l2], fit.seconds)
+        tried.append((fit, model))
+    fit, model = min(tried, key=lambda pair: losses[pair[0].l2])
+    return fit, model, losses
+
+
+def held_out_parts(config: Config, manifest: dict[str, Any]) -> dict[str, Column]:
+    """Return for every LR that some start needs: its folder's name, and the train rows it sees."""
+    parts: dict[str, Column] = {}
+    for name in held_out_names(config):
+        _, kind, number = name.split("_")
+        if kind == "fold":
+            parts[name] = F.col("fold") != int(number)
+        else:
+            parts[name] = F.col("date") < first_date(manifest, int(number))
+    return parts
+
+
+def held_out_names(config: Config) -> list[str]:
+    """Return the folders under models/ of the LRs that the systems' starts hold rows out of."""
+    trainings = [config.training_of(system) for system in config.systems]
+    return sorted({name for training in trainings for name in _held_out(config, training)})
+
+
+def _held_out(config: Config, training: Training) -> list[str]:
+    """Return the names of the LRs that a start reads, one a fold."""
+    return {
+        "lr_cross_fitted": [f"lr_fold_{fold}" for fold in range(config.shards.folds)],
+        "lr_past": [f"lr_past_{training.days}"],
+    }.get(training.start, [])
+
+
+def held_out_folders(config: Config, training: Training) -> tuple[str, ...]:
+    """Return the folders of the LRs that a start with held-out rows reads, one a fold."""
+    folder = config.workspace_path / "models"
+    return tuple(str(folder / name) for name in _held_out(config, training))
+
+
+def fit_held_out(
+    train_df: DataFrame, parts: dict[str, Column], l2: float, config: Config, field_map: FieldMap
+) -> dict[str, float]:
+    """Fit and save an LR for each part of the train rows; return AUC on the rows they do not see.
+
+    Each fit begins at zero: weights that have seen a row would bring it back in. The AUC of the
+    folds is over all their rows together ("lr_cross_fitted"), that of lr_past under its name.
+    """
+    _check_parts(train_df, parts)
+    unseen: dict[str, DataFrame] = {}
+    for name, seen in parts.items():
+        fit, model = fit_lr(train_df.where(seen), config, l2)
+        save_lr(fit, config, field_map, name)
+        log.info("train_lr: %s: %d passes (%.0f s)", name, fit.iterations, fit.seconds)
+        group = "lr_cross_fitted" if name.startswith("lr_fold_") else name
+        part_df = scores_df(model, train_df.where(~seen))
+        unseen[group] = unseen[group].unionByName(part_df) if group in unseen else part_df
+    return {name: metrics.exact_auc(df) for name, df in unseen.items()}
+
+
+def _check_parts(train_df: DataFrame, parts: dict[str, Column]) -> None:
+    """Refuse a part, or its rest, that lacks one of the labels."""
+    counts = []
+    for name, seen in parts.items():
+        for side, rows in (("sees", seen), ("does not see", ~seen)):
+            counts += [
+                F.count_if(rows & (F.col("label") == label)).alias(f"{name} {side} {label}")
+                for label in (0, 1)
+            ]
+    row = train_df.select(*counts).first() if counts else None
+    for what, n in (row.asDict() if row else {}).items():
+        if n == 0:
+            name, label = what.split(" ", 1)[0], what[-1]
+            raise LcSparkError(
+                f"The start of M1 from '{name}' needs train rows of both labels in every part, but "
+                f"of label {label} it {what.removeprefix(name)[1:-2]} none: lower shards.folds, or "
+                "change training.days, or take another start."
+            )
+
+
+def save_lr(fit: LrFit, config: Config, field_map: FieldMap, name: str = "lr") -> None:
+    """Write models/<name>, which LC systems start from and which is scored as they are."""
     facts = {
         "bias": fit.bias,
+        "l2": fit.l2,
         "loss_history": fit.loss_history,
         "iterations": fit.iterations,
         "seconds": fit.seconds,
     }
     network = models.Lr.from_weights(fit.weights, fit.bias)
-    models.save(network, config.workspace_path / "models" / "lr", field_map.fingerprint, facts)
+    models.save(network, config.workspace_path / "models" / name, field_map.fingerprint, facts)
 
 
 def lr_weights_df(

@@ -1,17 +1,15 @@
-"""Turns global indices (and values) of one-hot rows into logits: LR, LC-DNN and LC-W&D.
+"""Turns global indices (and values) of one-hot rows into logits: LR, DNN and the LC family.
 
 Method: Chen et al., WWW 2017 Companion, doi 10.1145/3041021.3054227. Tensor names end in their
-shape: B rows of a batch, C columns (one a field, max_values for a multivalued one), F fields,
-K channels of the locally connected layer.
+shape, as in layers.
 """
-# ruff: noqa: N803, N806, N815 (the shape suffixes are upper case)
+# ruff: noqa: N803, N806 (the shape suffixes are upper case)
 
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,89 +19,28 @@ from torch import Tensor, nn
 
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import MISSING, FieldMap
-from lc_spark.systems import Training
+from lc_spark.systems import SystemKind, Training
+from lc_spark.training.layers import FieldSum, LocallyConnected, Mlp, PooledMlp, ResidualMlp
 
 MODEL_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 
-# About one step of M1 at its default learning rate: whatever was seen outweighs its random start.
-RANDOM_SD = 0.01
-
-
-class LocallyConnected(nn.Module):
-    """M1 of l0 = M1'x: one block of weights a field, `channels` values a feature.
-
-    Only the rows of M1 that a batch names are read, so that a step never touches all d of them.
-    """
-
-    field_of_C: Tensor
-
-    def __init__(self, d: int, columns: Sequence[int], channels: int) -> None:
-        """Make M1 [d, channels]; columns[i] is the number of columns of field i."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d, channels))
-        nn.init.normal_(self.weight, std=RANDOM_SD)
-        self.fields = len(columns)
-        fields_F = torch.arange(self.fields)
-        field_of_C = torch.repeat_interleave(fields_F, torch.tensor(list(columns)))
-        self.register_buffer("field_of_C", field_of_C, persistent=False)
-
-    def forward(self, ids_BC: Tensor, values_BC: Tensor | None) -> Tensor:
-        """Return l0 [B, F, K]: the weights of a row's features times their values, by field."""
-        return self.combine(self.weight[ids_BC], values_BC)
-
-    def combine(self, rows_BCK: Tensor, values_BC: Tensor | None) -> Tensor:
-        """Return l0 [B, F, K] of rows of M1 that were already gathered."""
-        if values_BC is not None:
-            rows_BCK = rows_BCK * values_BC.unsqueeze(-1)
-        if rows_BCK.shape[1] == self.fields:
-            return rows_BCK
-        l0_BFK = rows_BCK.new_zeros(rows_BCK.shape[0], self.fields, rows_BCK.shape[2])
-        return l0_BFK.index_add_(1, self.field_of_C, rows_BCK)
-
-
-class Mlp(nn.Module):
-    """What follows l0: hidden layers of Linear, BatchNorm, ReLU, Dropout, then one logit.
-
-    With batch_norm l0 is normalised too, without a scale or shift of its own (the next layer has
-    them): the start of M1 may then be of any scale, LR's sd near 1 or a small random one.
-    """
-
-    def __init__(
-        self, inputs: int, hidden: Sequence[int], batch_norm: bool, dropout: float
-    ) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Flatten()]
-        if batch_norm:
-            layers.append(nn.BatchNorm1d(inputs, affine=False))
-        for size in hidden:
-            layers.append(nn.Linear(inputs, size, bias=not batch_norm))
-            if batch_norm:
-                layers.append(nn.BatchNorm1d(size))
-            layers.append(nn.ReLU())
-            if dropout > 0:
-                layers.append(nn.Dropout(dropout))
-            inputs = size
-        layers.append(nn.Linear(inputs, 1))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, l0_BFK: Tensor) -> Tensor:
-        """Return logits [B]."""
-        return self.layers(l0_BFK).squeeze(-1)  # type: ignore[no-any-return]
-
 
 class LcNetwork(nn.Module):
-    """LC-DNN (the paper's section 2): l0 = M1'x, then an MLP; LC-W&D adds a linear part over x."""
+    """The LC family over l0 = M1'x: LC-DNN (the paper's section 2), LC-W&D, LC-ResNet, and M1 M2.
+
+    lc_wd, or wide_deep, adds a linear part over x. lr_equivalent is the paper's Fig. 1.
+    """
 
     def __init__(
         self,
+        system: SystemKind,
         d: int,
         columns: Sequence[int],
         hidden: Sequence[int],
         channels: int,
         batch_norm: bool,
         dropout: float,
-        wide: bool,
     ) -> None:
         """Make the network for d features in len(columns) fields; see LocallyConnected and Mlp.
 
@@ -111,19 +48,24 @@ class LcNetwork(nn.Module):
         began with it too would count it twice. It learns what the deep part leaves.
         """
         super().__init__()
-        self.system = "lc_wd" if wide else "lc_dnn"
+        self.system = system
         self.architecture: dict[str, Any] = {
+            "system": system,
             "d": d,
             "columns": list(columns),
             "hidden": list(hidden),
             "channels": channels,
             "batch_norm": batch_norm,
             "dropout": dropout,
-            "wide": wide,
         }
         self.m1 = LocallyConnected(d, columns, channels)
+        wide = system in ("lc_wd", "wide_deep")
         self.wide = nn.Parameter(torch.zeros(d, 1)) if wide else None
-        self.mlp = Mlp(len(columns) * channels, hidden, batch_norm, dropout)
+        if system == "lr_equivalent":
+            self.deep: nn.Module = FieldSum()
+        else:
+            kind = ResidualMlp if system == "lc_resnet" else Mlp
+            self.deep = kind(len(columns) * channels, hidden, batch_norm, dropout)
 
     @property
     def tables(self) -> list[nn.Parameter]:
@@ -139,16 +81,58 @@ class LcNetwork(nn.Module):
 
         Training gathers the rows itself, so that their gradients stay as small as the batch.
         """
-        logits_B: Tensor = self.mlp(self.m1.combine(rows[0], values_BC))
+        logits_B: Tensor = self.deep(self.m1.combine(rows[0], values_BC))
         if self.wide is not None:
             logits_B = logits_B + _weighted_sum(rows[1].squeeze(-1), values_BC)
         return logits_B
 
 
+class Dnn(nn.Module):
+    """The paper's DNN: l1 = g(W1'x + b1) with W1 of d x K1, as a sum of the rows that x names."""
+
+    system: SystemKind = "dnn"
+
+    def __init__(
+        self, d: int, columns: int, hidden: Sequence[int], batch_norm: bool, dropout: float
+    ) -> None:
+        """Make the network for d features, at most `columns` of them in a row."""
+        super().__init__()
+        self.architecture: dict[str, Any] = {
+            "d": d,
+            "columns": columns,
+            "hidden": list(hidden),
+            "batch_norm": batch_norm,
+            "dropout": dropout,
+        }
+        self.first = nn.Parameter(torch.empty(d, hidden[0]))
+        # As nn.Linear would over the inputs that are not zero.
+        nn.init.uniform_(self.first, -(columns**-0.5), columns**-0.5)
+        self.deep = PooledMlp(hidden, batch_norm, dropout)
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """The weights that are read by id: W1 [d, K1]."""
+        return [self.first]
+
+    def forward(self, ids_BC: Tensor, values_BC: Tensor | None) -> Tensor:
+        """Return logits [B]; values of None stand for ones."""
+        return self.from_distinct(self.first, ids_BC, values_BC)
+
+    def from_distinct(self, rows: Tensor, places_BC: Tensor, values_BC: Tensor | None) -> Tensor:
+        """Return logits [B] of rows [n, K1] of W1 and the place of each feature among them.
+
+        A row of W1 has K1 values, so that one a feature of the batch would be too much to hold.
+        """
+        sums_BH = nn.functional.embedding_bag(
+            places_BC, rows, mode="sum", per_sample_weights=values_BC
+        )
+        return self.deep(sums_BH)  # type: ignore[no-any-return]
+
+
 class Lr(nn.Module):
     """Logistic regression as a torch model, so that it is stored and scored as the others are."""
 
-    system = "lr"
+    system: SystemKind = "lr"
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -173,56 +157,33 @@ def _weighted_sum(rows_BC: Tensor, values_BC: Tensor | None) -> Tensor:
     return (rows_BC if values_BC is None else rows_BC * values_BC).sum(1)
 
 
-Network = LcNetwork | Lr
+TrainedNetwork = LcNetwork | Dnn
+Network = TrainedNetwork | Lr
 
 
-def build(
-    system: Literal["lr", "lc_dnn", "lc_wd"], field_map: FieldMap, training: Training
-) -> Network:
+def build(system: SystemKind, field_map: FieldMap, training: Training) -> TrainedNetwork:
     """Return the untrained network of a system, its random parts drawn from torch's generator."""
-    if system == "lr":
-        return Lr(field_map.d)
-    return LcNetwork(
-        d=field_map.d,
-        columns=[info.max_values for info in field_map.fields],
-        hidden=training.hidden,
-        channels=training.channels,
-        batch_norm=training.batch_norm,
-        dropout=training.dropout,
-        wide=system == "lc_wd",
-    )
+    columns = [info.max_values for info in field_map.fields]
+    hidden, batch_norm, dropout = training.hidden, training.batch_norm, training.dropout
+    if system == "dnn":
+        return Dnn(field_map.d, sum(columns), hidden, batch_norm, dropout)
+    return LcNetwork(system, field_map.d, columns, hidden, training.channels, batch_norm, dropout)
 
 
-def start_from_lr(
-    model: LcNetwork, lr_weights: Tensor, start: Literal["lr", "random", "frozen"]
-) -> None:
-    """Set M1's channel 0 to the LR weights [d] (start lr or frozen); frozen also keeps M1 so.
+def start_from_lr(model: LcNetwork, lr: Lr) -> None:
+    """Set M1's channel 0 to the weights [d] of an LR; and the bias, where the LR is the network.
 
     Further channels stay small and random, so that they are free to learn what LR cannot say.
     """
-    if start == "random":
-        return
-    if lr_weights.shape != model.m1.weight.shape[:1]:
+    if lr.weight.shape != model.m1.weight.shape[:1]:
         raise LcSparkError(
-            f"The LR model has {len(lr_weights):,} weights, M1 needs {len(model.m1.weight):,}: "
+            f"The LR model has {len(lr.weight):,} weights, M1 needs {len(model.m1.weight):,}: "
             "run the train_lr stage again."
         )
     with torch.no_grad():
-        model.m1.weight[:, 0] = lr_weights
-    model.m1.weight.requires_grad_(start != "frozen")
-
-
-def parameter_count(system: str, d: int, f: int, hidden: Sequence[int], channels: int) -> int:
-    """Count the weights by the paper's formulas (its Table 1), the output layer included.
-
-    LR: d. LC-DNN, for k channels and hidden layers K1..Kn: d k + f k K1 + K1 K2 + ... + Kn. LC-W&D:
-    d more. Biases and BatchNorm's scales and shifts, a few for each hidden unit, do not count.
-    """
-    if system == "lr":
-        return d
-    sizes = [f * channels, *hidden, 1]
-    deep = sum(a * b for a, b in itertools.pairwise(sizes))
-    return d * channels + deep + (d if system == "lc_wd" else 0)
+        model.m1.weight[:, 0] = lr.weight
+        if isinstance(model.deep, FieldSum):
+            model.deep.bias.copy_(lr.bias)
 
 
 def to_tensors(
@@ -281,8 +242,8 @@ def load(folder: Path) -> tuple[Network, dict[str, Any]]:
     if not (folder / DESCRIPTION_FILE).is_file():
         raise LcSparkError(f"There is no model in {folder}: run the stage that trains it first.")
     description: dict[str, Any] = json.loads((folder / DESCRIPTION_FILE).read_text("utf-8"))
-    kind = Lr if description["system"] == "lr" else LcNetwork
-    model = kind(**description["architecture"])
+    kind = {"lr": Lr, "dnn": Dnn}.get(description["system"], LcNetwork)
+    model: Network = kind(**description["architecture"])
     # assign keeps the precision of the file: LR's weights may be float64.
     model.load_state_dict(load_file(folder / MODEL_FILE), assign=True)
     return model.eval(), description

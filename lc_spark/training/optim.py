@@ -48,13 +48,14 @@ class RowAdam:
         self.first = [torch.zeros_like(table) for table in self.tables]
         self.second = [torch.zeros_like(table) for table in self.tables]
 
-    def step(self, ids: Tensor, gradients: Sequence[Tensor], factor: float) -> None:
+    def step(self, ids: Tensor, gradients: Sequence[Tensor | None], factor: float) -> None:
         """Update the rows that any rank names by the mean over ranks of their summed gradients.
 
-        ids int64 [n]; gradients [n, k_i], one entry a table; factor scales the learning rate.
-        Collective: every rank calls it, with its own ids.
+        ids int64 [n]; gradients [n, k_i], one entry a table, None for one that stands still;
+        factor scales the learning rate. Collective: every rank calls it, with its own ids.
         """
-        ids, summed = sum_by_id(ids, torch.cat(list(gradients), dim=1))
+        moving = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        ids, summed = sum_by_id(ids, torch.cat([g for g in gradients if g is not None], dim=1))
         if self.world.size > 1:
             ids, summed = sum_by_id(self.world.gather(ids), self.world.gather(summed))
             summed /= self.world.size
@@ -62,8 +63,8 @@ class RowAdam:
         steps = int(self.steps)
         rate = self.learning_rate * factor
         step_size = rate * math.sqrt(1 - self.BETA2**steps) / (1 - self.BETA1**steps)
-        widths = [table.shape[1] for table in self.tables]
-        for i, gradient in enumerate(torch.split(summed, widths, dim=1)):
+        widths = [self.tables[i].shape[1] for i in moving]
+        for i, gradient in zip(moving, torch.split(summed, widths, dim=1), strict=True):
             first = self.first[i][ids].lerp_(gradient, 1 - self.BETA1)
             second = self.second[i][ids].lerp_(gradient.square(), 1 - self.BETA2)
             self.first[i][ids] = first

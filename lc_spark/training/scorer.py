@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lc_spark.encoder import Vocabulary, encode, prepare_pandas
 from lc_spark.field_map import FieldMap, require_same
@@ -41,8 +42,12 @@ class Scorer:
 def score_encoded(
     model: models.Network, encoded: Mapping[str, NDArray[Any]], field_map: FieldMap
 ) -> NDArray[np.float64]:
-    """Return the scores [n] of encoded columns; the sigmoid is taken in float64."""
-    ids, values = models.to_tensors(encoded, field_map)
+    """Return the scores [n] of encoded columns (see encoder.encode)."""
+    return score_ids(model, *models.to_tensors(encoded, field_map))
+
+
+def score_ids(model: models.Network, ids: Tensor, values: Tensor | None) -> NDArray[np.float64]:
+    """Return the scores [n] of model input [n, C]; the sigmoid is taken in float64."""
     logits = []
     with torch.inference_mode():
         for start in range(0, len(ids), CHUNK_ROWS):

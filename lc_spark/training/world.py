@@ -57,6 +57,12 @@ class World:
             dist.broadcast(tensor, src=0)
         return int(tensor)
 
+    def ranks_on_this_host(self) -> int:
+        """Return how many ranks share this host's cores and memory."""
+        name = zlib.crc32(socket.gethostname().encode())
+        host = torch.tensor([name], device=self.device)
+        return int((self.gather(host) == host).sum())
+
     def say(self, text: str) -> None:
         """Print a line, once: on rank 0."""
         if self.rank == 0:
@@ -81,17 +87,12 @@ def joined(device: str) -> Iterator[World]:
     if size > 1:
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
     try:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_host(world)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.ranks_on_this_host()))
         yield world
     finally:
         torch.set_num_threads(threads)
         if size > 1:
             dist.destroy_process_group()
-
-
-def _ranks_on_this_host(world: World) -> int:
-    host = torch.tensor([zlib.crc32(socket.gethostname().encode())], device=world.device)
-    return int((world.gather(host) == host).sum())
 
 
 class LineStream:

@@ -1,0 +1,67 @@
+"""One training run as plain values, and its result as a file: what driver and ranks share."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lc_spark
+from lc_spark.systems import SystemKind
+from lc_spark.training import loader, models
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """What one training run needs, in values that survive JSON."""
+
+    name: str  # of the system, as shown
+    system: SystemKind
+    training: dict[str, Any]  # config.Training
+    shards: str  # folder
+    field_map: str  # file
+    output: str  # folder of the trained model
+    seed: int
+    lr_model: str | None = None  # folder of the LR of all train rows
+    # Folders of LRs that have not seen a row's fold, or the later days; empty with other starts.
+    held_out_lr: tuple[str, ...] = ()
+    first_date: int | None = None  # the network trains from this day on (days since 1970)
+    watch: tuple[str, ...] = ()  # further splits to look at; they decide nothing
+    tracking_uri: str | None = None
+    run_id: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a result or a checkpoint must share with this run to be of use for it."""
+        files = [Path(self.shards) / loader.MANIFEST_FILE]
+        lr_folders = [*self.held_out_lr, *([self.lr_model] if self.lr_model else [])]
+        files += [Path(folder) / models.MODEL_FILE for folder in lr_folders]
+        data = hashlib.sha256()
+        for path in files:
+            # One that is missing is reported by whoever needs it.
+            data.update(path.read_bytes() if path.is_file() else b"")
+        settings = {"system": self.system, "training": self.training, "watch": list(self.watch)}
+        return {
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            "seed": self.seed,
+            "version": lc_spark.__version__,
+            "data": data.hexdigest(),
+        }
+
+
+def finished(spec: TrainSpec) -> dict[str, Any] | None:
+    """Return the result of a run that has ended well with the same settings and data, if any."""
+    path = Path(spec.output) / RESULT_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return dict(content["result"]) if content["identity"] == spec.identity() else None
+
+
+def note_result(spec: TrainSpec, result: dict[str, Any]) -> None:
+    """Write the result of a run that has ended well, whole or not at all."""
+    new = Path(spec.output) / f"{RESULT_FILE}.new"
+    content = {"identity": spec.identity(), "result": result}
+    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    new.rename(new.with_name(RESULT_FILE))
