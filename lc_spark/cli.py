@@ -43,9 +43,35 @@ def run(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> No
     for stage in pipeline.RUN_STAGES:
         facts = pipeline.run_stage(stage, spark, settings, date.date() if date else None)
     spark.stop()
-    console.print(report.result_table(facts["results"]))
+    console.print(report.result_table(facts["results"], facts["best"]))
     console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"Model       {facts['registered']}", soft_wrap=True)
+    console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
+
+
+@app.command()
+def experiment(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what would be trained, and stop")
+    ] = False,
+) -> None:
+    """Compare systems x starts x seeds: the paper's tables for your data, in one report."""
+    from lc_spark import experiment as experiments
+    from lc_spark import report, session
+
+    settings = config_file.load(config, overrides)
+    if dry_run:
+        console.print(experiments.plan(settings))
+        return
+    spark = session.start(settings)
+    facts = experiments.run_experiment(spark, settings)
+    spark.stop()
+    console.print(report.result_table(facts["results"], facts["best"]))
+    for claim in facts["claims"]:
+        console.print(claim, soft_wrap=True)
+    console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
 
 

@@ -1,7 +1,6 @@
 """Scores every system on the same test rows; writes tables, figures, report; registers the best."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,17 @@ from pyspark.sql import functions as F
 from lc_spark import facts, figures, metrics, report, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError, nearest
+from lc_spark.evaluation_report import Evaluated, base_content, parameters_of, run_content
 from lc_spark.facts import Facts
 from lc_spark.field_map import FieldMap
-from lc_spark.metrics import Bucket, Metrics
-from lc_spark.parameters import parameter_count
+from lc_spark.metrics import Metrics
 from lc_spark.score import shard_scores_df
 from lc_spark.systems import System
 from lc_spark.tracking import StageRun
-from lc_spark.training import lr, models
+from lc_spark.training import models
 
 EARLIER_STAGES = ("ingest", "features", "train_lr", "train_lc")
 ROC_BUCKETS = 200
-TOP = 20  # fields and values that the report lists
 LOGGED = ("auc", "logloss", "ne", "calibration", "group_auc", "parameters", "seconds_per_epoch")
 RESULT_SCHEMA = {
     "system": "string",
@@ -71,7 +69,9 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
             "winner": best.system.name,
         }
     )
-    content = _content(spark, config, field_map, results, evaluated, done)
+    base = base_content(spark, config, field_map, done)
+    reachable = best_reachable(config, scores_df)
+    content = run_content(base, config, field_map, results, evaluated, done, reachable)
     run.log_figure(figures.roc(content.roc), "roc.svg")
     run.log_figure(figures.calibration(content.calibration), "calibration.svg")
     page = report.write_report(config, content)
@@ -81,6 +81,7 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
     model_uri = f"models:/{config.model_name}/{model_version}"
     return {
         "results": results,
+        "best": content.best,
         "report": str(page),
         "registered": model_uri,
         "run_id": run.run_id,
@@ -121,17 +122,6 @@ def model_folder(system: System) -> str:
     return "lr" if system.system == "lr" else system.name
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """One system on the test rows, and its validation log loss."""
-
-    system: System
-    metrics: Metrics
-    valid_logloss: float
-    deciles: list[Bucket]
-    roc: tuple[list[float], list[float]]
-
-
 def evaluate_scores(
     spark: SparkSession, config: Config, field_map: FieldMap, scores_df: DataFrame
 ) -> list[Evaluated]:
@@ -163,8 +153,7 @@ def _result(
     config: Config, field_map: FieldMap, one: Evaluated, done: dict[str, Facts]
 ) -> dict[str, Any]:
     """Return the entry of results.json."""
-    system, training = one.system, config.training_of(one.system)
-    name = system.name
+    system, name = one.system, one.system.name
     noted = done["train_lr"] if system.system == "lr" else done["train_lc"]["systems"][name]
     return {
         "system": name,
@@ -174,14 +163,7 @@ def _result(
         "calibration": one.metrics.calibration,
         "group_auc": one.metrics.group_auc,
         "valid_logloss": one.valid_logloss,
-        "parameters": parameter_count(
-            system.system,
-            field_map.d,
-            len(field_map.fields),
-            training.hidden,
-            training.channels,
-            training.batch_norm,
-        ).total,
+        "parameters": parameters_of(config, field_map, system).total,
         "seconds_per_epoch": noted["seconds_per_epoch"],
         "train_rows": done["features"]["shard_rows"]["train"],
         "test_rows": one.metrics.rows,
@@ -204,73 +186,6 @@ def _write_evaluation(
     bucket = "struct<rows: long, positives: long, mean_score: double>"
     schema = f"{columns}, fingerprint string, deciles array<{bucket}>"
     return tables.write(spark.createDataFrame(rows, schema), config, "evaluation")
-
-
-def _content(
-    spark: SparkSession,
-    config: Config,
-    field_map: FieldMap,
-    results: list[dict[str, Any]],
-    evaluated: list[Evaluated],
-    done: dict[str, Facts],
-) -> report.ReportContent:
-    weights_df = tables.read(spark, config, "lr_weights").persist()
-    fields = lr.field_importance_df(weights_df).limit(TOP).collect()
-    seen_often = F.col("count") >= 0.001 * done["features"]["shard_rows"]["train"]
-    values = weights_df.where(seen_often).orderBy(F.desc(F.abs("weight")), "field", "index")
-    top_values = [r.asDict() for r in values.drop("index").limit(TOP).collect()]
-    weights_df.unpersist()
-    shard_rows = done["features"]["shard_rows"]
-    rejected = done["ingest"]["rejected"]
-    return report.ReportContent(
-        results=results,
-        rows=[
-            ("source rows", done["ingest"]["source_rows"]),
-            ("rejected rows", sum(rejected.values())),
-            ("raw rows", done["features"]["raw_rows"]),
-            *((f"{split} rows in the shards", n) for split, n in shard_rows.items()),
-        ],
-        rejected=list(rejected.items()),
-        split=split_text(config),
-        fingerprint=field_map.fingerprint,
-        mlflow_command=f"lc-spark ui CONFIG --set workspace={config.workspace}",
-        roc={o.system.name: (*o.roc, o.metrics.auc) for o in evaluated},
-        calibration={
-            o.system.name: (
-                [b.mean_score for b in o.deciles],
-                [b.positives / b.rows for b in o.deciles],
-            )
-            for o in evaluated
-        },
-        histories={n: history(result) for n, result in done["train_lc"]["systems"].items()},
-        lr_loss=done["train_lr"]["loss_history"],
-        top_fields=[{**row.asDict(), "kind": field_map[row["field"]].kind} for row in fields],
-        top_values=top_values,
-        stage_seconds={name: noted["seconds"] for name, noted in done.items()},
-    )
-
-
-def history(result: Facts) -> dict[str, list[float]]:
-    """Return the losses by epoch of a training result, as figures.loss_by_epoch takes them."""
-    epochs = result["epochs"]
-    return {
-        "train": [epoch["train_loss"] for epoch in epochs],
-        "valid": [epoch["valid_logloss"] for epoch in epochs],
-    }
-
-
-def split_text(config: Config) -> str:
-    """Say in one sentence how rows became train, valid and test."""
-    split = config.split
-    if split.by == "date":
-        return (
-            f"Split by day: trained on days before {split.valid_from}, validated up to "
-            f"{split.test_from}, tested on the days from then on."
-        )
-    return (
-        f"Split at random: a seeded hash of the row id sends {split.test:.0%} of the rows to test "
-        f"and {split.valid:.0%} to valid. Rows of one day are in all three."
-    )
 
 
 def make_bundle(config: Config, system: System) -> Path:

@@ -71,15 +71,17 @@ def calibration(points: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
 
 
 def loss_by_epoch(histories: Mapping[str, Mapping[str, Numbers]]) -> Figure:
-    """Draw log losses by epoch: system -> {"train": one number an epoch, "valid": likewise}.
+    """Draw log losses by epoch: system -> {"epoch": numbers, "train": likewise, "valid": ...}.
 
     A system has one colour and marker; train is drawn dashed, everything else solid.
     """
     figure, axes = _axes("Log loss by epoch", "epoch", "log loss")
     for place, (name, lines) in enumerate(histories.items()):
         for split, losses in lines.items():
+            if split == "epoch":
+                continue
             style = _style(place) | {"linestyle": "--" if split == "train" else "-"}
-            epochs = range(1, len(losses) + 1)
+            epochs = lines["epoch"]
             label = f"{name}, {split}"
             axes.plot(epochs, losses, label=label, linewidth=1.4, markersize=5, **style)  # type: ignore[arg-type]
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -93,6 +95,45 @@ def lr_loss(history: Numbers) -> Figure:
     figure, axes = _axes("LR: objective by pass over the data", "L-BFGS pass", "objective")
     axes.plot(range(len(history)), history, color=COLOURS[0], linewidth=1.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def ablation(curves: Mapping[str, Mapping[str, Numbers]], lr_test_loss: float) -> Figure:
+    """Draw train log loss, test log loss and test AUC by epoch, side by side, a line a start.
+
+    curves: start -> epoch, train_loss, test_logloss, test_auc. LR's test log loss is a level line.
+    """
+    figure = Figure(figsize=(SIZE[0] * 2.4, SIZE[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    shown = {
+        "train_loss": "log loss on the train rows, as trained",
+        "test_logloss": "log loss on the test rows",
+        "test_auc": "AUC on the test rows",
+    }
+    for axes, (key, title) in zip(panels, shown.items(), strict=True):
+        axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
+        axes.set_xlabel("epoch")
+        axes.grid(color="#d5d5d5", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        for place, (start, lines) in enumerate(curves.items()):
+            style = _style(place)
+            axes.plot(lines["epoch"], lines[key], label=start, linewidth=1.4, **style)
+        if key != "test_auc":
+            axes.axhline(lr_test_loss, color="#888888", linewidth=0.8, label="LR, test")
+    panels[1].sharey(panels[0])
+    panels[0].legend(loc="best", frameon=False, fontsize=8)
+    return figure
+
+
+def seconds_per_epoch(speeds: Mapping[str, tuple[float, float]]) -> Figure:
+    """Draw a bar a system: name -> (seconds per epoch, train rows a second)."""
+    figure, axes = _axes("Seconds per epoch", "", "seconds")
+    seconds = [pair[0] for pair in speeds.values()]
+    bars = axes.bar(list(speeds), seconds, color=COLOURS[0], width=0.6)
+    axes.bar_label(bars, [f"{rows:,.0f}\nrows/s" for _, rows in speeds.values()], fontsize=8)
+    axes.tick_params(axis="x", rotation=30)
+    axes.margins(y=0.18)
     return figure
 
 

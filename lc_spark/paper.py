@@ -9,7 +9,7 @@ from typing import Any
 
 from lc_spark.field_map import FieldMap
 from lc_spark.parameters import parameter_count
-from lc_spark.systems import System, SystemKind, Training
+from lc_spark.systems import SystemKind, Training
 
 Row = dict[str, Any]
 
@@ -91,15 +91,18 @@ FORMULAS: Mapping[SystemKind, str] = {
 }
 
 
-def table_3(field_map: FieldMap, systems: Sequence[tuple[System, Training]]) -> Table:
-    """Return parameters by formula and counted, for these data and for the paper's."""
+def table_3(field_map: FieldMap, systems: Sequence[tuple[str, SystemKind, Training]]) -> Table:
+    """Return parameters by formula and counted, for these data and for the paper's.
+
+    systems are (name, system, training).
+    """
     d, f = field_map.d, len(field_map.fields)
     rows = []
-    for system, training in systems:
-        kind, k = system.system, training.channels
+    for name, kind, training in systems:
+        k = training.channels
         count = parameter_count(kind, d, f, training.hidden, k, training.batch_norm)
         row: Row = {
-            "system": system.name,
+            "system": name,
             "formula": FORMULAS[kind],
             "channels": k,
             "weights": count.weights,

@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 from lc_spark import evaluate, facts, figures, ingest, metrics, score, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.evaluation_report import history
 from lc_spark.facts import Facts
 from lc_spark.features.fit import fit_features
 from lc_spark.features.shards import read_manifest, write_shards
@@ -213,7 +214,7 @@ def train_lc_stage(
         for system, run, result in zip(systems, runs, results, strict=True):
             if system.name in failed:
                 continue
-            losses = figures.loss_by_epoch({system.name: evaluate.history(result)})
+            losses = figures.loss_by_epoch({system.name: history(result)})
             run.log_figure(losses, "loss.svg")
             trained[system.name] = {**result, "run_id": run.run_id}
             log.info(

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import rich.table
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from rich import box
-from rich.table import Table
 
 from lc_spark import figures
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.paper import Table
 
 Numbers = Sequence[float]
+
+BEST = "(true probability)"  # the line of the best that any system could reach
 
 # Key of a result -> heading, how its number is written.
 COLUMNS = {
@@ -49,7 +53,8 @@ class ReportContent:
     results: one dict a system, with system, auc, logloss, ne, calibration, group_auc (or None),
     parameters, seconds_per_epoch (or None), train_rows, test_rows, run_id. top_fields: dicts of
     field, kind, features, importance (the standard deviation over the train rows of what the field
-    adds to LR's logit). top_values: dicts of field, value, count, weight. The curves are what
+    adds to LR's logit). top_values: dicts of field, value, count, weight. best has the metrics of
+    the true probabilities, where they are known. data is more for results.json. The curves are what
     ``figures`` takes.
     """
 
@@ -65,6 +70,11 @@ class ReportContent:
     lr_loss: Numbers = ()
     top_fields: list[dict[str, Any]] = field(default_factory=list)
     top_values: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    tables: list[Table] = field(default_factory=list)
+    claims: list[str] = field(default_factory=list)
+    further_figures: list[tuple[str, Figure]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -86,8 +96,14 @@ def write_report(config: Config, content: ReportContent) -> Path:
     """
     folder = config.workspace_path / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    results = [{k: None if _absent(v) else v for k, v in row.items()} for row in content.results]
-    text = json.dumps(results, indent=1, allow_nan=False)
+    numbers = {
+        "results": content.results,
+        "best_reachable": content.best,
+        **{table.key: table.rows for table in content.tables},
+        "claims": content.claims,
+        **content.data,
+    }
+    text = json.dumps(_defined(numbers), indent=1, allow_nan=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     page = folder / "index.html"
     page.write_text(_html(config, content), encoding="utf-8")
@@ -118,7 +134,7 @@ def _html(config: Config, content: ReportContent) -> str:
 
 def _figures(content: ReportContent) -> list[tuple[str, Markup]]:
     """Return (what it shows, SVG) of each figure that there is data for."""
-    made = []
+    made: list[tuple[str, Figure]] = []
     if content.roc:
         made.append(("ROC curves of the systems on the test split", figures.roc(content.roc)))
     if content.calibration:
@@ -128,6 +144,7 @@ def _figures(content: ReportContent) -> list[tuple[str, Markup]]:
         made.append(("Log loss by epoch", figures.loss_by_epoch(content.histories)))
     if content.lr_loss:
         made.append(("Objective of LR by pass", figures.lr_loss(content.lr_loss)))
+    made = [*content.further_figures, *made]
     # The one text that is not escaped: matplotlib has escaped the names in it.
     return [(what, Markup(figures.as_svg(figure))) for what, figure in made]
 
@@ -136,6 +153,15 @@ def _columns(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]
     """Return the columns to show: all of them, but for group AUC where no system has one."""
     grouped = any(not _absent(result.get("group_auc")) for result in results)
     return {key: value for key, value in COLUMNS.items() if key != "group_auc" or grouped}
+
+
+def _defined(value: Any) -> Any:
+    """Return the value with None for every number that is not defined, at any depth."""
+    if isinstance(value, dict):
+        return {key: _defined(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_defined(item) for item in value]
+    return None if _absent(value) else value
 
 
 def _absent(value: Any) -> bool:
@@ -149,10 +175,17 @@ def number(value: float | None, form: str) -> str:
     return format(int(value) if form.endswith("d") else value, form)
 
 
-def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the results as a table for the terminal, the winner marked by a star."""
+def result_table(
+    results: Sequence[Mapping[str, Any]], reachable: Mapping[str, Any] | None = None
+) -> rich.table.Table:
+    """Return the results as a table for the terminal, the winner marked by a star.
+
+    reachable are the metrics of the true probabilities, where they are known.
+    """
     best = winner(results)
-    table = Table(title="Results on the test split", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = rich.table.Table(
+        title="Results on the test split", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
+    )
     table.caption = "* lowest log loss"
     table.add_column("system")
     columns = _columns(results)
@@ -162,4 +195,6 @@ def result_table(results: Sequence[Mapping[str, Any]]) -> Table:
         mark = " *" if result["system"] == best else ""
         cells = [number(result.get(key), form) for key, (_, form) in columns.items()]
         table.add_row(f"{result['system']}{mark}", *cells, style="bold" if mark else "")
+    if reachable is not None:
+        table.add_row(BEST, *(number(reachable.get(k), form) for k, (_, form) in columns.items()))
     return table

@@ -16,7 +16,7 @@ ONLY_IN = {
     "mlflow": {"tracking.py", "model_code.py"},
     "delta": {"tables.py"},
     "petastorm": {"training/loader.py"},
-    "matplotlib": {"figures.py", "tracking.py"},
+    "matplotlib": {"figures.py", "tracking.py", "report.py"},
     "jinja2": {"report.py"},
     "typer": {"cli.py"},
     "pydantic": {"config_file.py", "config.py", "field_kinds.py", "systems.py"},

@@ -158,7 +158,7 @@ def test_a_pipeline_run_has_one_child_a_stage(config: Config) -> None:
         run.log_metrics({"loss": 0.7, "auc": 0.6}, step=1)
         run.log_metrics({"loss": 0.5}, step=2)
     assert run_of(config, parent).info.status == "RUNNING"
-    tracking.end_pipeline(config, parent, "FINISHED")
+    tracking.end_run(config, parent, "FINISHED")
 
     data, info = run_of(config, parent).data, run_of(config, parent).info
     assert (info.status, info.run_name) == ("FINISHED", "toy")
@@ -217,7 +217,7 @@ def test_a_stage_that_raises_is_failed_and_the_error_goes_on(tmp_path: Path) -> 
     ):
         raise ZeroDivisionError
     assert run_of(config, run.run_id).info.status == "FAILED"
-    tracking.end_pipeline(config, parent, "FAILED")
+    tracking.end_run(config, parent, "FAILED")
     assert run_of(config, parent).info.status == "FAILED"
 
 

@@ -14,17 +14,19 @@ from pyspark.sql import SparkSession
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
-from training_data import FIELD_MAP, make_rows, make_spec, run_ranks, start_ranks, write_lr
+from training_data import FIELD_MAP, FOLDS, make_rows, make_spec, run_ranks, start_ranks, write_lr
 from training_data import write_shards as write
 
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.field_map import FieldMap
 from lc_spark.parameters import parameter_count
+from lc_spark.systems import Training
 from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.launch import launch
 from lc_spark.training.learner import schedule_factor
 from lc_spark.training.loop import run_rank, train
-from lc_spark.training.spec import TrainSpec
+from lc_spark.training.spec import TrainSpec, finished
 
 SIZES = {"train": (900, 900, 850, 900), "valid": (400, 401)}
 
@@ -189,6 +191,82 @@ def test_nan_loss_names_the_step_and_keeps_the_last_checkpoint(folder: Path) -> 
     assert "loss is" in run_rank([dataclasses.asdict(spec)])[0]["error"]
 
 
+def test_one_that_fails_leaves_the_others_be(folder: Path) -> None:
+    bad = make_spec(folder, epochs=1, m1_learning_rate=1e38, batch_norm=False)
+    good = dataclasses.replace(make_spec(folder, "dnn", epochs=1), output=str(folder / "good"))
+    results = run_rank([dataclasses.asdict(bad), dataclasses.asdict(good)])
+    assert "loss is" in results[0]["error"]
+    assert results[1]["best_valid_auc"] > 0.6
+    assert finished(bad) is None
+    assert finished(good) == results[1]
+
+
+def test_a_finished_run_is_not_repeated_but_one_of_other_settings_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec(folder, epochs=1)
+    first = train(spec)
+    assert train(spec) == first
+    assert "trained before with the same settings and data" in capsys.readouterr().out
+    for other in (
+        dataclasses.replace(spec, seed=8),
+        dataclasses.replace(spec, training={**spec.training, "dropout": 0.5}),
+        dataclasses.replace(spec, watch=("train",)),
+    ):
+        assert finished(other) is None
+    manifest = folder / "shards" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")  # other data
+    assert finished(spec) is None
+
+
+def test_the_valid_split_is_looked_at_within_an_epoch(folder: Path) -> None:
+    spec = dataclasses.replace(make_spec(folder, epochs=2, evaluations=3), watch=("train",))
+    result = train(spec)
+    points = [entry["epoch"] for entry in result["epochs"]]
+    assert points == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert sum(entry["rows"] for entry in result["epochs"]) == 2 * result["rows_per_epoch"]
+    assert all(0 < entry["train_auc"] < 1 for entry in result["epochs"])
+    best = max(result["epochs"], key=lambda entry: entry["valid_auc"])
+    assert result["best_epoch"] == best["epoch"]
+
+
+def test_a_dnn_that_cannot_fit_is_refused_with_what_lc_dnn_needs(tmp_path: Path) -> None:
+    large = dataclasses.replace(FIELD_MAP.fields[0], size=400_000_000)
+    field_map = FieldMap((large, *FIELD_MAP.fields[1:]))
+    write(tmp_path, field_map, {"train": (200,), "valid": (50,)})
+    spec = make_spec(tmp_path, "dnn", hidden=[2048])
+    # 400,000,039 x 2048 weights, 12 bytes each.
+    said = r"dnn has 819,200,\d{3},\d{3} parameters and needs 9,830\.40 GB .* lc_dnn .* 4\.80 GB"
+    with pytest.raises(LcSparkError, match=said):
+        train(spec)
+
+
+@pytest.mark.parametrize("system", ["lr_equivalent", "dnn", "lc_resnet", "wide_deep"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_every_other_system_learns(folder: Path, system: str, batch_norm: bool) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "batch_norm": batch_norm}
+    if system == "lr_equivalent":
+        write_lr(folder, FIELD_MAP, np.zeros(FIELD_MAP.d))
+        settings["start"] = "lr"
+    result = train(make_spec(folder, system, **settings))
+    assert result["best_valid_auc"] > 0.65
+    assert result["epochs"][1]["train_loss"] < result["epochs"][0]["train_loss"]
+    model, _ = models.load(folder / "models" / system)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_dnns_padding_and_absent_features_stand_still(folder: Path) -> None:
+    spec = make_spec(folder, "dnn", epochs=1, m1_weight_decay=0.1)
+    torch.manual_seed(spec.seed)
+    start = models.build("dnn", FIELD_MAP, Training.model_validate(spec.training))
+    _rename_tag_0(folder / "shards")
+    train(spec)
+    before, after = start.tables[0].detach(), trained(spec)["first"]
+    at = FIELD_MAP["tags"].offset
+    assert torch.equal(after[at], before[at])
+    assert not torch.equal(after[at + 1], before[at + 1])
+
+
 def test_start_from_lr_without_an_lr_model_is_an_error(folder: Path) -> None:
     with pytest.raises(LcSparkError, match=r"no model in .*lr"):
         train(make_spec(folder, start="lr"))
@@ -270,16 +348,26 @@ def kill_in_second_epoch(spec: TrainSpec, size: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_killed_run_ends_with_the_weights_of_one_never_killed(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(("size", "start"), [(2, "lr_cross_fitted"), (3, "lr")])
+def test_killed_run_ends_with_the_weights_of_one_never_killed(
+    tmp_path: Path, size: int, start: str
+) -> None:
     sizes = {"train": (4000, 4000, 3900, 4100, 4000, 4000), "valid": (400, 401)}
     settings: dict[str, Any] = {"epochs": 3, "patience": 3, "dropout": 0.2, "channels": 2}
-    settings |= {"hidden": [200, 200], "start": "lr", "batch_size": 128}
+    settings |= {"hidden": [200, 200], "start": start, "batch_size": 128}
+    settings |= {"m1": "joint", "evaluations": 2}
     specs = []
     for name in ("whole", "killed"):
         write(tmp_path / name, FIELD_MAP, sizes)
         write_lr(tmp_path / name, FIELD_MAP, np.linspace(-1, 1, FIELD_MAP.d))
-        specs.append(make_spec(tmp_path / name, "lc_wd", **settings))
+        spec = make_spec(tmp_path / name, "lc_wd", **settings)
+        folds = [np.linspace(fold, 1, FIELD_MAP.d) for fold in range(FOLDS)]
+        lrs = [
+            write_lr(tmp_path / name, FIELD_MAP, weights, f"lr_fold_{fold}")
+            for fold, weights in enumerate(folds)
+        ]
+        held_out = tuple(lrs) if start == "lr_cross_fitted" else ()
+        specs.append(dataclasses.replace(spec, held_out_lr=held_out))
     whole, _ = run_ranks(specs[0], size)
     kill_in_second_epoch(specs[1], size)
     resumed, output = run_ranks(specs[1], size)

@@ -24,7 +24,7 @@ from lc_spark.systems import Training
 from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.learner import Learner
 from lc_spark.training.memory import check_memory
-from lc_spark.training.spec import TrainSpec, finished, note_result
+from lc_spark.training.spec import TrainSpec, curves, finished, note_result
 from lc_spark.training.start import at_start
 from lc_spark.training.world import LineStream, World, joined
 
@@ -240,10 +240,7 @@ class _Trainer:
         """Log the numbers after a part of an epoch; the step counts those parts."""
         if self.stage_run is None:
             return
-        curves = {k: v for k, v in entry.items() if k not in ("epoch", "train_loss", "rows")}
-        curves["epoch_train_loss"] = entry["train_loss"]
-        step = round(entry["epoch"] * self.settings.evaluations)
-        self.stage_run.log_metrics(curves, step=step)
+        self.stage_run.log_metrics(*curves(entry, self.settings.evaluations))
 
     def _best(self) -> dict[str, Any]:
         return max(self.history, key=lambda e: (e["valid_auc"], -e["epoch"]))

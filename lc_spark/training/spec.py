@@ -65,3 +65,9 @@ def note_result(spec: TrainSpec, result: dict[str, Any]) -> None:
     content = {"identity": spec.identity(), "result": result}
     new.write_text(json.dumps(content, indent=1), encoding="utf-8")
     new.rename(new.with_name(RESULT_FILE))
+
+
+def curves(entry: dict[str, Any], looks: int) -> tuple[dict[str, float], int]:
+    """Return the metrics of an entry of result["epochs"], and its step: the look it was."""
+    numbers = {k: float(v) for k, v in entry.items() if k not in ("epoch", "train_loss", "rows")}
+    return numbers | {"epoch_train_loss": entry["train_loss"]}, round(entry["epoch"] * looks)
