@@ -25,14 +25,19 @@ class Files(Section):
 
     format: Literal["parquet", "csv", "json", "delta"] = "parquet"
     delimiter: str = Field(",", min_length=1, description="csv: what is between two columns")
+    quote: str = Field(
+        '"', max_length=1, description="csv: around a text; '' where it is a letter as any other"
+    )
     columns: tuple[str, ...] = Field(
         (), description="csv: names of all columns, where the files have no header line"
     )
 
     @model_validator(mode="after")
     def _csv_alone(self) -> Self:
-        if self.format != "csv" and (self.columns or self.delimiter != ","):
-            raise ValueError("'columns' and 'delimiter' go with 'format: csv', and only with it")
+        if self.format != "csv":
+            for key in ("delimiter", "quote", "columns"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"'{key}' goes with 'format: csv', and only with it")
         twice = [name for name, n in Counter(map(str.lower, self.columns)).items() if n > 1]
         if twice:
             raise ValueError(f"'columns' names '{twice[0]}' twice")

@@ -57,7 +57,7 @@ def _read_files(spark: SparkSession, files: Files, path: str, where: str) -> Dat
 
 def _read_csv(spark: SparkSession, files: Files, path: str) -> DataFrame:
     # A quote within quotes is written twice (RFC 4180); Spark's default is a backslash before it.
-    reader = spark.read.option("sep", files.delimiter).option("escape", '"')
+    reader = spark.read.options(sep=files.delimiter, quote=files.quote, escape='"')
     names = files.columns or reader.csv(path, header=True).columns
     fields = [T.StructField(name, T.StringType()) for name in (*names, CORRUPT)]
     # With pruned columns Spark would not see that a line has too many or too few.

@@ -242,7 +242,6 @@ def test_rows_of_the_published_shape_become_features(
     assert list(raw_df.selectExpr(*found).collect()[0]) == list(found.values())
 
     features = pipeline.run_stage("features", spark, config)
-    print(f"TIMES {ingested['seconds']} {features['seconds']}")
     assert features["fields"] == n_fields
     assert sum(features["shard_rows"].values()) == ROWS
     assert all(features["shard_rows"][split] > 0 for split in SPLITS)
