@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lc_spark.config import SPLITS, Config
+from lc_spark.config import SPLITS, Config, Joined
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.field_kinds import KINDS
 from lc_spark.systems import System, Training, Variant
@@ -109,6 +109,8 @@ def _section_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
     if loc[:2] in (("experiment", "systems"), ("experiment", "starts")) and len(loc) > 2:
         entry = System if loc[1] == "systems" else Variant
         return Training if "training" in loc else entry
+    if loc[:2] == ("source", "join") and len(loc) > 2:
+        return Joined
     section = Config.model_fields[str(loc[0])].annotation
     assert isinstance(section, type), "every other section is one model"
     return section

@@ -8,13 +8,13 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from lc_spark import datasets, tables
+from lc_spark import tables
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import column_types
 from lc_spark.field_kinds import Crossed
+from lc_spark.sources import CORRUPT, first_line, read_source
 
-CORRUPT = "__corrupt"
 NO_DATE = datetime.date(1970, 1, 1)  # the one partition of a log without dates
 ADDED = (CORRUPT, "__reason", "__record", "__label", "__date", "__row_id")
 OWN = ("row_id", "label", "date")  # columns of ``raw`` that are not the source's
@@ -39,7 +39,7 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
     """
     _check_date(config, date)
     raw_types = {} if date is None else _raw_types(spark, config)
-    checked_df = _checked(_source(spark, config, date), config, date, raw_types)
+    checked_df = _checked(read_source(spark, config, date), config, date, raw_types)
     condition = None if date is None else tables.date_condition("date", date)
     counts = _counts(checked_df)
     source_rows, good_rows = sum(counts.values()), counts.pop(None, 0)
@@ -73,39 +73,6 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
     return Ingested(source_rows, raw_rows, rejected, version)
 
 
-def _source(spark: SparkSession, config: Config, date: datetime.date | None) -> DataFrame:
-    source = config.source
-    if source.dataset is not None:
-        path = str(datasets.materialize(source.dataset, config.workspace_path / "source"))
-        return spark.read.parquet(path)
-    path = (source.path or "").replace("{date}", date.isoformat() if date else "*")
-    try:
-        if source.format == "delta":
-            return tables.read_delta(spark, path)
-        if source.format == "csv":
-            header_df = spark.read.csv(path, header=True)
-            schema = T.StructType(
-                [*header_df.schema.fields, T.StructField(CORRUPT, T.StringType())]
-            )
-            # With pruned columns Spark would not see that a line has too many or too few.
-            reader = spark.read.option("columnPruning", "false")
-            return reader.csv(path, header=True, schema=schema, columnNameOfCorruptRecord=CORRUPT)
-        if source.format == "json":
-            inferred = spark.read.json(path, columnNameOfCorruptRecord=CORRUPT)
-            fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
-            schema = T.StructType([*fields, T.StructField(CORRUPT, T.StringType())])
-            return spark.read.json(path, schema=schema, columnNameOfCorruptRecord=CORRUPT)
-        return spark.read.parquet(path)
-    except AnalysisException as error:
-        raise LcSparkError(
-            f"source: cannot read '{path}' as {source.format}: {_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: AnalysisException) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 def _check_date(config: Config, date: datetime.date | None) -> None:
     if date is not None and config.source.date is None:
         raise LcSparkError(
@@ -131,7 +98,8 @@ def _checked(
     try:
         cast_df = _cast(source_df, _wanted_types(source_df, config, raw_types))
     except AnalysisException as error:
-        raise LcSparkError(f"source.types cannot be applied: {_first_line(error)}") from error
+        raise LcSparkError(f"source.types cannot be applied: {first_line(error)}") from error
+    cast_df = _derive(cast_df, config)
     column_types(cast_df, config.fields)  # a field that the table lacks, or of a wrong type
     _check_own_columns(config)
     own = [c for c in source_df.columns if c != CORRUPT]
@@ -151,7 +119,7 @@ def _checked(
     except AnalysisException as error:
         raise LcSparkError(
             "label, source.date, source.row_id or source.reject cannot be evaluated: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if date is not None and "{date}" not in (config.source.path or ""):
         checked_df = checked_df.where(F.col("__date").isNull() | (F.col("__date") == F.lit(date)))
@@ -185,6 +153,21 @@ def _cast(source_df: DataFrame, wanted: dict[str, str]) -> DataFrame:
         ),
         F.coalesce(F.col(CORRUPT), F.to_json(F.struct(*[f"`{c}`" for c in own]))).alias("__record"),
     )
+
+
+def _derive(cast_df: DataFrame, config: Config) -> DataFrame:
+    """Add the columns of source.derive, made of the columns as read and cast."""
+    taken = {c.lower(): c for c in cast_df.columns}
+    for name in config.source.derive:
+        if name.lower() in taken:
+            raise LcSparkError(
+                f"source.derive makes '{name}', but the source has '{taken[name.lower()]}' "
+                "already: give the new column another name."
+            )
+    try:
+        return cast_df.withColumns({c: F.expr(sql) for c, sql in config.source.derive.items()})
+    except AnalysisException as error:
+        raise LcSparkError(f"source.derive cannot be evaluated: {first_line(error)}") from error
 
 
 def _check_own_columns(config: Config) -> None:

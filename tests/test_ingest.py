@@ -223,6 +223,8 @@ def test_columns_of_any_name_and_columns_named_as_raw_names_its_own(log: Log) ->
     [
         ({"path": "no/such/file"}, {}, "cannot read 'no/such/file' as parquet"),
         ({"path": "no/such/table", "format": "delta"}, {}, "no Delta table at 'no/such/table'"),
+        ({"derive": {"x": "sit || 'a'"}}, {}, "source.derive cannot be evaluated.*sit"),
+        ({"derive": {"Site": "1"}}, {}, "source.derive makes 'Site', but the source has 'site'"),
         ({"types": {"sit": "string"}}, {}, "source.types names 'sit', which the table lacks"),
         ({"types": {"site": "integr"}}, {}, "source.types cannot be applied.*INTEGR"),
         ({}, {"label": "clicked >"}, "label, source.date.*cannot be evaluated.*yntax"),
@@ -272,6 +274,83 @@ def test_the_row_id_is_stable_and_tells_places_of_nulls_apart(log: Log) -> None:
     )
     ingest(log.spark, again)
     assert {(r["site"], r["page"]): r["row_id"] for r in log.raw(again).collect()} == ids
+
+
+def test_files_without_header_and_with_another_delimiter_are_read(log: Log) -> None:
+    path = log.text("rows.dat", '1::"A" b, c::2.5\n0::::\n1::d\n')
+    how = {"format": "csv", "delimiter": "::", "quote": "", "columns": ["clicked", "site", "price"]}
+    config = log.config({"path": path, **how}, label="clicked = 1", fields=[SITE, PRICE])
+    assert counts(ingest(log.spark, config)) == (3, 2, {"the line does not parse": 1})
+    rows = log.raw(config).orderBy("label").select("clicked", "site", "price", "label").collect()
+    assert [tuple(r) for r in rows] == [("0", None, None, 0.0), ("1", '"A" b, c', 2.5, 1.0)]
+
+
+def test_quotes_within_quotes_are_written_twice(log: Log) -> None:
+    path = log.text("rows.csv", 'site,label\n"a ""b"", c",1\n"C:\\",0\n')
+    config = log.config({"path": path, "format": "csv"})
+    assert counts(ingest(log.spark, config)) == (2, 2, {})
+    sites = {row["site"] for row in log.raw(config).collect()}
+    assert sites == {'a "b", c', "C:\\"}
+
+
+def test_tables_are_joined_to_every_row(log: Log, caplog: pytest.LogCaptureFixture) -> None:
+    columns: dict[str, list[Any]] = {"user": [1, 2, None, 4], "site": ["a", "b", "a", "z"]}
+    path = log.parquet("rows.parquet", columns | {"label": [0, 1, 1, 0]})
+    users = log.text("users.csv", "1|30|x\n2||y\n4\n|9|z\n|8|z\n")
+    users_table = {"path": users, "format": "csv", "delimiter": "|", "keys": ["user"]}
+    sites = log.parquet("sites.parquet", {"site": ["a", "b"], "rank": [5, 6]})
+    join = {
+        "users": {**users_table, "columns": ["user", "age", "zip"]},
+        "sites": {"path": sites, "keys": ["site"]},
+    }
+    age = {"name": "age", "kind": "continuous"}
+    config = log.config({"path": path, "join": join}, fields=[SITE, age])
+    assert counts(ingest(log.spark, config)) == (4, 4, {})
+    # A user without a match, or missing, gets nulls; so does one whose line does not parse.
+    found = log.raw(config).select("site", "age", "zip", "rank", "label").collect()
+    assert {tuple(row) for row in found} == {
+        ("a", 30.0, "x", 5, 0.0),
+        ("b", None, "y", 6, 1.0),
+        ("a", None, None, 5, 1.0),
+        ("z", None, None, None, 0.0),
+    }
+    assert f"source.join.users: 1 lines of {users} do not parse" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("table", "keys", "said"),
+    [
+        ({"site": ["a", "b", "a"], "x": [1, 2, 3]}, ["site"], "has 1 values of site in more than"),
+        ({"site": ["a"], "Label": [1]}, ["site"], "both have a column 'Label'"),
+        ({"sites": ["a"]}, ["site"], "table.parquet' has no column 'site'.*mean 'sites'"),
+        ({"site": ["a"], "x": [1]}, ["x"], "the source has no column 'x'"),
+    ],
+)
+def test_a_table_that_cannot_be_joined_is_named(
+    log: Log, table: dict[str, list[Any]], keys: list[str], said: str
+) -> None:
+    path = log.parquet("rows.parquet", {"site": ["a", "b"], "label": [0, 1]})
+    join = {"t": {"path": log.parquet("table.parquet", table), "keys": keys}}
+    with pytest.raises(LcSparkError, match=f"source.join.t: .*{said}"):
+        ingest(log.spark, log.config({"path": path, "join": join}))
+
+
+def test_derived_columns_come_after_types_and_serve_date_label_and_fields(log: Log) -> None:
+    path = log.text("rows.csv", "site,n,at\na,9,13010105\nb,10,13010223\nc,?,13010223\n")
+    derive = {
+        "hour": "CAST(substring(at, 7, 2) AS INT)",
+        "big": "n > 9",  # as text '9' is more than '10'
+        "day": "to_date(substring(at, 1, 6), 'yyMMdd')",
+    }
+    source = {"path": path, "format": "csv", "types": {"n": "int"}, "derive": derive}
+    hour = {"name": "hour", "kind": "bucketed"}
+    config = log.config({**source, "date": "day"}, label="big", fields=[SITE, hour])
+    assert counts(ingest(log.spark, config)) == (3, 2, {"column n is not int": 1})
+    rows = log.raw(config).orderBy("date").select("site", "hour", "label", "date").collect()
+    assert [tuple(row) for row in rows] == [("a", 5, 0.0, DAY_1), ("b", 23, 1.0, DAY_2)]
+    assert log.rejected(config) == [
+        ("column n is not int", '{"site":"c","n":"?","at":"13010223"}')
+    ], "the record is the row as read"
 
 
 def split_counts(df: DataFrame, config: Config) -> dict[str, int]:

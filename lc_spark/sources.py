@@ -1,0 +1,118 @@
+"""Reads the source that a config names, joined with its other tables, as one DataFrame.
+
+A line that does not parse is a row all the same, with its text in the column CORRUPT.
+"""
+
+import datetime
+import logging
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from lc_spark import datasets, tables
+from lc_spark.config import Config, Files, Joined
+from lc_spark.errors import LcSparkError, nearest
+
+log = logging.getLogger("lc_spark")
+
+CORRUPT = "__corrupt"
+
+
+def read_source(spark: SparkSession, config: Config, date: datetime.date | None) -> DataFrame:
+    """Return the rows of a day's files, or of all, with the columns of source.join beside them.
+
+    Columns of a CSV are strings. Raises LcSparkError for what cannot be read or joined.
+    """
+    source = config.source
+    if source.dataset is not None:
+        folder = config.workspace_path / "source"
+        rows_df = spark.read.parquet(str(datasets.materialize(source.dataset, folder)))
+    else:
+        path = (source.path or "").replace("{date}", date.isoformat() if date else "*")
+        rows_df = _read_files(spark, source, path, "source")
+    for name, table in source.join.items():
+        rows_df = _join(spark, rows_df, table, f"source.join.{name}")
+    return rows_df
+
+
+def _read_files(spark: SparkSession, files: Files, path: str, where: str) -> DataFrame:
+    try:
+        if files.format == "delta":
+            return tables.read_delta(spark, path)
+        if files.format == "csv":
+            return _read_csv(spark, files, path)
+        if files.format == "json":
+            inferred = spark.read.json(path, columnNameOfCorruptRecord=CORRUPT)
+            fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
+            schema = T.StructType([*fields, T.StructField(CORRUPT, T.StringType())])
+            return spark.read.json(path, schema=schema, columnNameOfCorruptRecord=CORRUPT)
+        return spark.read.parquet(path)
+    except AnalysisException as error:
+        raise LcSparkError(
+            f"{where}: cannot read '{path}' as {files.format}: {first_line(error)}"
+        ) from error
+
+
+def _read_csv(spark: SparkSession, files: Files, path: str) -> DataFrame:
+    # A quote within quotes is written twice (RFC 4180); Spark's default is a backslash before it.
+    reader = spark.read.options(sep=files.delimiter, quote=files.quote, escape='"')
+    names = files.columns or reader.csv(path, header=True).columns
+    fields = [T.StructField(name, T.StringType()) for name in (*names, CORRUPT)]
+    # With pruned columns Spark would not see that a line has too many or too few.
+    return reader.option("columnPruning", "false").csv(
+        path,
+        header=not files.columns,
+        schema=T.StructType(fields),
+        columnNameOfCorruptRecord=CORRUPT,
+    )
+
+
+def _join(spark: SparkSession, rows_df: DataFrame, table: Joined, where: str) -> DataFrame:
+    """Add a table's columns to the rows; a row without a match gets nulls."""
+    table_df = _read_files(spark, table, table.path, where)
+    if CORRUPT not in table_df.columns:
+        table_df = table_df.withColumn(CORRUPT, F.lit(None).cast("string"))
+    for column in table.keys:
+        for whose, df in (("the source", rows_df), (f"'{table.path}'", table_df)):
+            if column not in df.columns:
+                known = [c for c in df.columns if c != CORRUPT]
+                raise LcSparkError(
+                    f"{where}: {whose} has no column '{column}' to join on."
+                    f"{nearest(column, known)} It has: {', '.join(known)}"
+                )
+    theirs = [c for c in table_df.columns if c not in table.keys and c != CORRUPT]
+    taken = {c.lower() for c in rows_df.columns}
+    both = [c for c in theirs if c.lower() in taken]
+    if both:
+        raise LcSparkError(
+            f"{where}: '{table.path}' and the source both have a column '{both[0]}': rename one."
+        )
+    _check_keys(table_df, table, where)
+    good_df = table_df.where(F.col(CORRUPT).isNull()).drop(CORRUPT)
+    return rows_df.join(good_df, on=list(table.keys), how="left")
+
+
+def _check_keys(table_df: DataFrame, table: Joined, where: str) -> None:
+    """Refuse a table that has a key twice, which would double rows; tell of unreadable lines."""
+    parses = F.col(CORRUPT).isNull()
+    keys_df = table_df.groupBy(*[f"`{c}`" for c in table.keys]).agg(
+        F.count_if(parses).alias("__rows"), F.count_if(~parses).alias("__unparsed")
+    )
+    has_key = F.concat(*[F.col(f"`{c}`").isNotNull().cast("string") for c in table.keys])
+    twice = (F.col("__rows") > 1) & ~has_key.contains("false")  # a null key meets no row
+    row = keys_df.agg(F.sum("__unparsed"), F.count_if(twice)).collect()[0]
+    unparsed, n_twice = row[0] or 0, row[1]
+    if unparsed:
+        log.warning("%s: %d lines of %s do not parse and are left out", where, unparsed, table.path)
+    if n_twice:
+        raise LcSparkError(
+            f"{where}: '{table.path}' has {n_twice} values of {', '.join(table.keys)} in more than "
+            "one row, so rows of the source would be doubled: keep one row of each."
+        )
+
+
+def first_line(error: AnalysisException) -> str:
+    """Return the first line of Spark's message, which says what; the rest is the plan."""
+    return str(error).strip().splitlines()[0]
