@@ -26,7 +26,9 @@ class Source(Section):
     path: str | None = Field(
         None, description="file or folder; {date} in it stands for the day of the run"
     )
-    dataset: Literal["flights"] | None = Field(None, description="a data set that ships as package")
+    dataset: Literal["flights", "synthetic"] | None = Field(
+        None, description="a data set that lc_spark makes itself"
+    )
     format: Literal["parquet", "csv", "json", "delta"] = "parquet"
     date: str | None = Field(None, description="column or SQL expression of the row's day")
     row_id: tuple[str, ...] = Field(
