@@ -168,6 +168,11 @@ class Config(Section):
                 )
             if isinstance(field, Crossed):
                 self._check_cross(field)
+            elif field.column.lower() == (self.evaluation.truth or "").lower():
+                raise ValueError(
+                    f"the field '{field.name}' reads '{field.column}', the true probability that "
+                    "evaluation.truth names: take it out of the fields"
+                )
         if self.split.by == "date" and self.source.date is None:
             raise ValueError("split by date needs source.date")
         for system in self.systems:
