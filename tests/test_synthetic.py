@@ -15,6 +15,7 @@ from lc_spark import config_file, datasets, synthetic
 from lc_spark.config import Config
 
 CONF = Path(__file__).parent.parent / "conf"
+TEST_FROM = datetime.date(2024, 4, 27)  # as in the configs
 # What nobody knows before the click.
 OUTCOME = {"clicked", "true_probability", "impression", "label", "row_id"}
 
@@ -94,18 +95,39 @@ def test_labels_come_from_the_true_probability(log_df: pd.DataFrame) -> None:
     assert z.abs().max() < 4
 
 
-def test_additive_lr_stays_below_the_true_probability(log_df: pd.DataFrame, config: Config) -> None:
-    """As good as an additive model gets: on the rows of the last days, fitted on them too."""
-    rows_df = log_df[log_df["date"] >= config.split.valid_from]  # type: ignore[union-attr]
-    names = [f.column for f in config.fields if f.kind == "categorical"]
-    x = OneHotEncoder(min_frequency=5, handle_unknown="infrequent_if_exist").fit_transform(
-        rows_df[names].fillna("missing")
+def auc_of_lr(log_df: pd.DataFrame, names: list[str], crosses: set[tuple[str, str]]) -> float:
+    """Return the AUC on the test days of LR fitted on the rest, its numbers in deciles."""
+    texts_df = pd.DataFrame(
+        {
+            name: log_df[name].fillna("missing")
+            if log_df[name].dtype == object
+            else pd.qcut(log_df[name], 10, labels=False, duplicates="drop").fillna(-1).astype(str)
+            for name in names
+        }
     )
-    additive = LogisticRegression(C=1.0, max_iter=300).fit(x, rows_df["clicked"])
-    seen = roc_auc_score(rows_df["clicked"], additive.predict_proba(x)[:, 1])
-    best = roc_auc_score(rows_df["clicked"], rows_df["true_probability"])
+    for one, other in crosses:
+        texts_df[f"{one}_x_{other}"] = texts_df[one] + " " + texts_df[other]
+    encoder = OneHotEncoder(min_frequency=3, handle_unknown="infrequent_if_exist")
+    is_test = (log_df["date"] >= TEST_FROM).to_numpy()
+    clicked = log_df["clicked"].to_numpy()
+    x = encoder.fit(texts_df[~is_test]).transform(texts_df)
+    lr = LogisticRegression(C=0.3, max_iter=200).fit(x[~is_test], clicked[~is_test])
+    return float(roc_auc_score(clicked[is_test], lr.decision_function(x[is_test])))
+
+
+@pytest.mark.slow
+def test_additive_lr_stays_far_below_the_truth_and_crosses_bring_it_nearer(
+    log_df: pd.DataFrame, config: Config
+) -> None:
+    rows_df = log_df[log_df["date"] >= datetime.date(2024, 4, 11)].reset_index(drop=True)
+    single = [f.column for f in config.fields if f.kind in ("categorical", "bucketed")]
+    test_df = rows_df[rows_df["date"] >= TEST_FROM]
+    best = roc_auc_score(test_df["clicked"], test_df["true_probability"])
+    additive = auc_of_lr(rows_df, single, set())
+    crossed = auc_of_lr(rows_df, single, set(synthetic.PAIRS))
     assert 0.78 < best < 0.86
-    assert seen < best - 0.01
+    assert 0.65 < additive < best - 0.08
+    assert additive + 0.02 < crossed < best - 0.04
 
 
 def test_pairs_have_no_additive_part() -> None:
@@ -148,6 +170,7 @@ def test_no_field_knows_the_outcome(name: str, log_df: pd.DataFrame) -> None:
 def test_two_configs_differ_in_the_crosses_alone(config: Config) -> None:
     crossed = config.model_dump()
     single = config_file.load(CONF / "synthetic_no_crosses.yaml").model_dump()
+    assert config.split.model_dump()["test_from"] == TEST_FROM
     differing = {key for key, value in crossed.items() if value != single[key]}
     assert differing == {"name", "workspace", "fields"}
     pairs = [field for field in crossed["fields"] if field["kind"] == "crossed"]
