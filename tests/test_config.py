@@ -192,6 +192,11 @@ def test_reserved_field_names_are_refused(tmp_path: Path, name: str) -> None:
     assert "label, row_id, fold" in message
 
 
+def test_the_true_probability_is_refused_as_a_field(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path, {"evaluation": {"truth": "Age"}}))
+    assert "the field 'age' reads 'age', the true probability" in message
+
+
 @pytest.mark.parametrize(
     ("parents", "said"),
     [
