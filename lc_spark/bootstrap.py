@@ -65,7 +65,7 @@ def _replicates(labels: NDArray[Any], scores: NDArray[Any], seed: int) -> NDArra
         below = np.cumsum(negatives) - negatives
         pairs = positives.sum() * negatives.sum()
         auc = (positives * (below + negatives / 2)).sum() / pairs if pairs else np.nan
-        found[replicate] = auc, np.average(losses, weights=weights)
+        found[replicate] = auc, losses @ weights / weights.sum() if weights.any() else np.nan
     return found
 
 

@@ -16,9 +16,9 @@ from pyspark.ml.functions import vector_to_array
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from sklearn.linear_model import LogisticRegression as ScikitLearnLr
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from training_data import FIELD_MAP, write_shards
+from training_data import DAYS, FIELD_MAP, FIRST_DATE, FOLDS, write_shards
 
 from lc_spark import config_file, ingest, metrics, pipeline, score, tables
 from lc_spark.config import Config
@@ -179,6 +179,88 @@ def test_the_stored_model_scores_as_mllibs_own(
     assert description["fingerprint"] == FIELD_MAP.fingerprint
     assert isinstance(network, models.Lr)
     assert network.weight.detach().numpy() == pytest.approx(fit.weights, abs=1e-7)
+
+
+def held_out_config(make_config: ConfigMaker, small: Config, **lr_settings: object) -> Config:
+    """Return a config over the small shards whose systems need folds and the last three days."""
+    systems = [
+        {"system": "lc_dnn", "name": "folds", "training": {"start": "lr_cross_fitted"}},
+        {"system": "lc_dnn", "name": "past", "training": {"start": "lr_past", "days": 3}},
+    ]
+    settings = {"lr": {"max_iterations": 500, "tolerance": 1e-10, **lr_settings}}
+    return make_config(
+        {
+            **settings,
+            "workspace": small.workspace,
+            "systems": systems,
+            "shards": {"folds": FOLDS},
+            "source": {"path": "nowhere", "date": "date"},
+        }
+    )
+
+
+def test_every_held_out_lr_is_fitted_on_the_other_rows_alone(
+    spark: SparkSession, make_config: ConfigMaker, small: tuple[Config, lr.LrFit]
+) -> None:
+    config = held_out_config(make_config, small[0], l2=1e-3)
+    manifest = json.loads((config.workspace_path / "shards" / "manifest.json").read_text())
+    parts = lr.held_out_parts(config, manifest)
+    assert list(parts) == ["lr_fold_0", "lr_fold_1", "lr_fold_2", "lr_past_3"]
+    vectors = str(config.workspace_path / "held_out_vectors")
+    train_df = lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors).cache()
+    aucs = lr.fit_held_out(train_df, parts, 1e-3, config, FIELD_MAP)
+    x, y = matrix_of(config, FIELD_MAP, "train")
+    rows = pd.concat(
+        pq.read_table(path, columns=["fold", "date"]).to_pandas()
+        for path in part_files(config.workspace_path / "shards", "train")
+    ).reset_index(drop=True)
+    seen = {f"lr_fold_{fold}": (rows["fold"] != fold).to_numpy() for fold in range(FOLDS)}
+    seen["lr_past_3"] = (rows["date"] < FIRST_DATE + DAYS - 3).to_numpy()
+    unseen_scores = np.zeros(len(y))
+    for name, mask in seen.items():
+        theirs = scikit_learn_lr(x[mask], y[mask], 1e-3)
+        ours, _ = models.load(config.workspace_path / "models" / name)
+        assert isinstance(ours, models.Lr)
+        assert ours.weight.detach().numpy() == pytest.approx(theirs.coef_[0], abs=2e-3)
+        scores = theirs.predict_proba(x[~mask])[:, 1]
+        if name == "lr_past_3":
+            assert aucs[name] == pytest.approx(roc_auc_score(y[~mask], scores), abs=1e-4)
+        else:
+            unseen_scores[~mask] = scores
+    assert aucs["lr_cross_fitted"] == pytest.approx(roc_auc_score(y, unseen_scores), abs=1e-4)
+
+
+def test_l2_is_chosen_by_the_validation_rows(
+    spark: SparkSession, make_config: ConfigMaker, small: tuple[Config, lr.LrFit]
+) -> None:
+    config = held_out_config(make_config, small[0], l2=[1e-3, 10.0, 0.3])
+    vectors_df = {
+        split: lr.shard_vectors(
+            spark, config, FIELD_MAP, split, str(config.workspace_path / "path" / split)
+        )
+        for split in ("train", "test")
+    }
+    fit, model, losses = lr.fit_path(vectors_df["train"], vectors_df["test"], config)
+    x_train, y_train = matrix_of(config, FIELD_MAP, "train")
+    x_test, y_test = matrix_of(config, FIELD_MAP, "test")
+    for l2, loss in losses.items():
+        theirs = scikit_learn_lr(x_train, y_train, l2)
+        expected = log_loss(y_test, theirs.predict_proba(x_test)[:, 1])
+        assert loss == pytest.approx(expected, abs=1e-4)
+    assert fit.l2 == min(losses, key=lambda l2: losses[l2]) == 1e-3
+    assert model.coefficients.toArray() == pytest.approx(fit.weights)
+
+
+def test_a_part_without_both_labels_is_refused(
+    spark: SparkSession, make_config: ConfigMaker, small: tuple[Config, lr.LrFit]
+) -> None:
+    config = held_out_config(make_config, small[0])
+    vectors = str(config.workspace_path / "one_label_vectors")
+    train_df = lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors)
+    one_df = train_df.where("fold != 1 OR label = 0")
+    said = "needs 'lr_fold_1', but of label 1 no train rows are left to the network"
+    with pytest.raises(LcSparkError, match=said):
+        lr.fit_held_out(one_df, {"lr_fold_1": F.col("fold") != 1}, 1e-3, config, FIELD_MAP)
 
 
 def test_facts_are_read_back_and_another_field_map_is_refused(

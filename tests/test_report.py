@@ -69,8 +69,16 @@ def make_content(**changes: Any) -> ReportContent:
         "roc": {n: (fpr, fpr ** (0.35 - 0.03 * i), 0.745) for i, n in enumerate(names)},
         "calibration": {n: (rates, rates * (1 + 0.06 * i)) for i, n in enumerate(names)},
         "histories": {
-            "lc_dnn": {"train": [0.51, 0.49, 0.485], "valid": [0.5, 0.49, 0.487]},
-            "lc_wd": {"train": [0.52, 0.488, 0.481], "valid": [0.5, 0.491, 0.489]},
+            "lc_dnn": {
+                "epoch": [1, 2, 3],
+                "train": [0.51, 0.49, 0.485],
+                "valid": [0.5, 0.49, 0.487],
+            },
+            "lc_wd": {
+                "epoch": [1, 2, 3],
+                "train": [0.52, 0.488, 0.481],
+                "valid": [0.5, 0.491, 0.489],
+            },
         },
         "lr_loss": [0.69, 0.55, 0.52, 0.505, 0.5, 0.499],
         "top_fields": [
@@ -138,10 +146,12 @@ def test_the_page_loads_nothing(tmp_path: Path) -> None:
 def test_results_json_round_trips_and_has_null_for_what_is_not_defined(tmp_path: Path) -> None:
     write_report(make_config(tmp_path), make_content())
     path = tmp_path / "report" / "results.json"
-    assert json.loads(path.read_text()) == RESULTS
+    numbers = json.loads(path.read_text())
+    assert numbers["results"] == RESULTS
+    assert numbers["best_reachable"] is None
     one_class = make_result("lr", float("nan"), 0.5)
     write_report(make_config(tmp_path), make_content(results=[one_class]))
-    assert json.loads(path.read_text()) == [{**one_class, "auc": None}]
+    assert json.loads(path.read_text())["results"] == [{**one_class, "auc": None}]
 
 
 def test_group_auc_is_a_column_only_where_it_was_asked_for(tmp_path: Path) -> None:
@@ -203,10 +213,12 @@ def test_figures_draw_the_points_they_are_given() -> None:
     chance, curve = roc.get_lines()
     assert points_of(curve) == [[0, 0], [0.2, 0.7], [1, 1]]
     assert curve.get_label() == "lr (AUC 0.7500)"
-    loss = figures.loss_by_epoch({"lc_dnn": {"train": [0.5, 0.4], "valid": [0.6, 0.5]}}).axes[0]
+    loss = figures.loss_by_epoch(
+        {"lc_dnn": {"epoch": [0.5, 1], "train": [0.5, 0.4], "valid": [0.6, 0.5]}}
+    ).axes[0]
     assert [points_of(line) for line in loss.get_lines()] == [
-        [[1, 0.5], [2, 0.4]],
-        [[1, 0.6], [2, 0.5]],
+        [[0.5, 0.5], [1, 0.4]],
+        [[0.5, 0.6], [1, 0.5]],
     ]
     assert [line.get_linestyle() for line in loss.get_lines()] == ["--", "-"]
     objective = figures.lr_loss([0.69, 0.5]).axes[0].get_lines()[0]

@@ -211,21 +211,19 @@ def fit_held_out(
 
 def _check_parts(train_df: DataFrame, parts: dict[str, Column]) -> None:
     """Refuse a part, or its rest, that lacks one of the labels."""
-    counts = []
-    for name, seen in parts.items():
-        for side, rows in (("sees", seen), ("does not see", ~seen)):
-            counts += [
-                F.count_if(rows & (F.col("label") == label)).alias(f"{name} {side} {label}")
-                for label in (0, 1)
-            ]
+    checked = [
+        (name, label, text, rows & (F.col("label") == label))
+        for name, seen in parts.items()
+        for text, rows in (("are fitted on", seen), ("are left to the network", ~seen))
+        for label in (0, 1)
+    ]
+    counts = [F.count_if(rows) for *_, rows in checked]
     row = train_df.select(*counts).first() if counts else None
-    for what, n in (row.asDict() if row else {}).items():
+    for (name, label, text, _), n in zip(checked, row or (), strict=False):
         if n == 0:
-            name, label = what.split(" ", 1)[0], what[-1]
             raise LcSparkError(
-                f"The start of M1 from '{name}' needs train rows of both labels in every part, but "
-                f"of label {label} it {what.removeprefix(name)[1:-2]} none: lower shards.folds, or "
-                "change training.days, or take another start."
+                f"A start of M1 needs '{name}', but of label {label} no train rows {text}: lower "
+                "shards.folds, change training.days, or take another start."
             )
 
 
