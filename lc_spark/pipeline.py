@@ -5,20 +5,23 @@ logs in one line what it made.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
 import time
 from collections.abc import Callable
 
+import pandas as pd
 import pyarrow.parquet as pq
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from lc_spark import evaluate, facts, figures, ingest, score, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.facts import Facts
+from lc_spark.features.auto_crosses import ChosenCross, choose_crosses
 from lc_spark.features.fit import fit_features
 from lc_spark.features.shards import read_manifest, write_shards
 from lc_spark.field_map import FieldMap, require_same
@@ -86,7 +89,9 @@ def features_stage(
         raw_df = tables.read(spark, config, "raw", raw_version)
         split_df = raw_df.withColumn("split", ingest.split_column(config))
         train_df = split_df.where(F.col("split") == "train")
-        fitted = fit_features(train_df, config.fields, config.seed)
+        crosses = _auto_crosses(train_df, config, run)
+        fields = (*config.fields, *(chosen.cross for chosen in crosses))
+        fitted = fit_features(train_df, fields, config.seed)
         vocabulary_version = tables.write(fitted.levels_df, config, "vocabulary", ("field",))
         fitted.field_map.write(config.workspace_path / "field_map.json")
         pq.write_table(fitted.vocabulary.to_arrow(), config.workspace_path / "vocabulary.parquet")
@@ -116,10 +121,40 @@ def features_stage(
             "features": field_map.d,
             "fields": len(field_map.fields),
             "fingerprint": field_map.fingerprint,
+            "auto_crosses": [dataclasses.asdict(chosen) for chosen in crosses],
             "run_id": run.run_id,
             "summary": f"{sum(split_rows.values()):,} raw rows = {parts} in the shards; "
             f"{len(field_map.fields)} fields, {field_map.d:,} features",
         }
+
+
+def _auto_crosses(train_df: DataFrame, config: Config, run: tracking.StageRun) -> list[ChosenCross]:
+    """Choose crosses where the config asks for it; log them, and every pair that was tried."""
+    if config.features.crosses == "listed":
+        return []
+    choice = choose_crosses(train_df, config)
+    for cross in choice.chosen:
+        log.info(
+            "features: cross %s: %.6f nats a row gained (standard error %.6f), %s cells",
+            " x ".join(cross.of),
+            cross.gain,
+            cross.standard_error,
+            f"{cross.cells:,}",
+        )
+    log.info(
+        "features: %d crosses chosen of %s pairs tried; of %d pairs one field determines the "
+        "other, %s were not tried",
+        len(choice.chosen),
+        f"{len(choice.tried):,}",
+        choice.determined,
+        f"{choice.untried:,}",
+    )
+    for name, pairs in (("chosen", choice.chosen), ("tried", choice.tried)):
+        table = pd.DataFrame([dataclasses.asdict(pair) for pair in pairs])
+        if pairs:
+            table["of"] = table["of"].str.join(" x ")
+            run.log_table(table, f"auto_crosses_{name}.json")
+    return choice.chosen
 
 
 def train_lr_stage(
