@@ -1,6 +1,7 @@
 """Made-up clicks whose law is known: which pairs of fields are chosen as crosses, and which not."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ from conftest import ConfigMaker
 from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession
 
+from lc_spark import facts, pipeline
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.auto_crosses import Choice, choose_crosses
+from lc_spark.features.shards import read_manifest
 
 N_ROWS = 12_000
 
@@ -162,3 +165,24 @@ def test_a_sample_is_as_large_as_asked(
 def test_an_empty_split_is_said(xor_df: DataFrame, config: Config) -> None:
     with pytest.raises(LcSparkError, match="train split has no rows"):
         choose_crosses(xor_df.where("false"), config)
+
+
+@pytest.mark.slow
+def test_the_features_stage_adds_the_chosen_cross(
+    spark: SparkSession, xor_df: DataFrame, config: Config, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    xor_df.drop("row_id").withColumnRenamed("label", "clicked").write.parquet(f"{tmp_path}/rows")
+    source = {"path": f"{tmp_path}/rows", "date": "date"}
+    settings = {**config.model_dump(), "workspace": str(tmp_path / "workspace")}
+    auto = make_config({**settings, "source": source, "label": "clicked"})
+    pipeline.run_stage("ingest", spark, auto)
+    made = pipeline.run_stage("features", spark, auto)
+    assert [tuple(cross["of"]) for cross in made["auto_crosses"]] == [("device", "price")]
+    assert 0.1 < made["auto_crosses"][0]["gain"] < 0.225
+    field_map = pipeline.read_field_map(auto)
+    assert field_map.fields[-1].name == "device_x_price"
+    assert field_map["device_x_price"].size == 2 + 4 * 6
+    assert read_manifest(auto)["fields"][-1] == "device_x_price"
+    assert [tuple(c["of"]) for c in facts.read(auto, "features")["auto_crosses"]] == [
+        ("device", "price")
+    ]

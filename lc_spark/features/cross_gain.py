@@ -1,10 +1,10 @@
 """What a cross of two fields says beyond all single fields, in numpy on a sample of coded rows.
 
-The base is a logistic model that is additive in all fields of the sample; every row gets its logit
-from a fit on the other folds. A cross then moves the logit of each of its cells: by the rate that
-the cell has in the other folds, smoothed towards the rate that the base expects there. Its gain is
-what that takes off the log loss of the rows of the fold, so cells that hold noise cost instead of
-gain, and what the parents say alone, correlated or not, is in the base already.
+The base is a logistic model that is additive in all fields of the sample, fitted once for each fold
+on the rows of the other folds. A cross then moves the logit of each of its cells: by the rate that
+the cell has in those rows, smoothed towards the rate that the base gives them. Its gain is what
+that takes off the log loss of the rows of the fold, so cells that hold noise cost instead of gain,
+and what the parents say alone, correlated or not, is in the base already.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Base:
-    """The sample and what the additive model says of each row, learnt without the row's fold."""
+    """The sample and what the additive model says of it.
+
+    logits [n] are of the model without the row's own fold; probabilities [FOLDS, n] are of the
+    model without each fold, 0 for the rows of that fold.
+    """
 
     sample: Sample
     logits: Floats
@@ -59,16 +63,21 @@ def dense_codes(indices: NDArray[np.int32] | NDArray[np.int64]) -> tuple[Codes, 
 
 def fit_base(sample: Sample) -> Base:
     """Fit the additive model once a fold, on the rows of the other folds."""
-    logits = np.zeros(len(sample.label))
-    for fold in np.unique(sample.fold):
+    n = len(sample.label)
+    logits, probabilities = np.zeros(n), np.zeros((FOLDS, n))
+    for fold in range(FOLDS):
         held = sample.fold == fold
+        if held.all() or not held.any():
+            continue  # a few rows only: nothing to learn from, or nothing to judge
         intercept, effects = _fit_additive(
             [codes[~held] for codes in sample.codes], sample.sizes, sample.label[~held]
         )
-        logits[held] = intercept
+        here = np.full(n, intercept)
         for codes, effect in zip(sample.codes, effects, strict=True):
-            logits[held] += effect[codes[held]]
-    return Base(sample, logits, _sigmoid(logits))
+            here += effect[codes]
+        logits[held] = here[held]
+        probabilities[fold, ~held] = _sigmoid(here[~held])
+    return Base(sample, logits, probabilities)
 
 
 def _fit_additive(
@@ -112,17 +121,17 @@ def cross_gain(base: Base, first: int, second: int) -> Gain | None:
     sample = base.sample
     cells, n_cells = _cells(sample, (first, second))
     places = cells * FOLDS + sample.fold
-
-    def by_cell(weights: Floats | None = None) -> Floats:
-        sums = np.bincount(places, weights, n_cells * FOLDS)
-        return sums.reshape(n_cells, FOLDS).astype(np.float64)
-
-    counts = by_cell()
+    counts, positives = (
+        np.bincount(places, weights, n_cells * FOLDS).reshape(n_cells, FOLDS).astype(np.float64)
+        for weights in (None, sample.label)
+    )
     rows = counts.sum(axis=1)
     if _left_open(sample, first, second, rows) < DETERMINED:
         return None
-    positives, expected = by_cell(sample.label), by_cell(base.probabilities)
-    effects = _cell_effects(*map(_of_other_folds, (counts, positives, expected)))
+    expected = [np.bincount(cells, p, n_cells) for p in base.probabilities]
+    effects = _cell_effects(
+        _of_other_folds(counts), _of_other_folds(positives), np.stack(expected, axis=1)
+    )
     moves = effects.ravel()[places]
     # Rows of cells that say nothing keep their loss.
     at = np.flatnonzero(moves)
@@ -164,7 +173,7 @@ def _cell_effects(rows: Floats, positives: Floats, expected: Floats) -> Floats:
     model say: with no more spread between cells than chance has, infinitely many.
     """
     known = rows >= MIN_COUNT
-    rate = np.where(known, expected / np.maximum(rows, 1), 0.5)
+    rate = np.clip(np.where(known, expected / np.maximum(rows, 1), 0.5), 1e-9, 1 - 1e-9)
     chance = rows * rate * (1 - rate)
     excess = np.sum(((positives - expected) ** 2 - chance) * known, axis=0)
     spread = np.sum(chance * (rows - 1) * known, axis=0)
