@@ -7,8 +7,9 @@ joins the base, what is left is judged again over it, and so on: five crosses th
 are one.
 
 A gain counts when it is more than the best of so many pairs would show by chance,
-sqrt(2 ln pairs) standard errors. Rows are held out as the config splits them: at random, or, where
-the split is by date, by blocks of days, since a cross may know a day by heart.
+sqrt(2 ln pairs) standard errors, and when no fold loses. Rows are held out as the config splits
+them: at random, or, where the split is by date, by blocks of days. A cross may know a day by heart,
+and the rows of a day are one piece of luck, which the standard error does not see but a fold does.
 """
 
 import logging
@@ -147,13 +148,14 @@ def judge_pairs(
             columns = [
                 [gain and gain.mean for gain in gains],
                 [gain and gain.standard_error for gain in gains],
+                [gain and gain.worst_fold for gain in gains],
                 [gain and gain.cells for gain in gains],
             ]
-            types = (pa.float64(), pa.float64(), pa.int64())
+            types = (*[pa.float64()] * 3, pa.int64())
             arrays = [pa.array(c, t) for c, t in zip(columns, types, strict=True)]
             yield pa.RecordBatch.from_arrays([batch.column(0), *arrays], names=list(schema))
 
-    schema = {"id": "long", "gain": "double", "error": "double", "cells": "long"}
+    schema = {"id": "long", "gain": "double", "error": "double", "worst": "double", "cells": "long"}
     tasks = spark.sparkContext.defaultParallelism
     gains: dict[Pair, Gain | None] = {}
     for start in range(0, len(pairs), PAIRS_A_TASK * tasks):
@@ -163,7 +165,7 @@ def judge_pairs(
         ids_df = spark.range(start, end, 1, tasks)
         ddl = ", ".join(f"{name} {kind}" for name, kind in schema.items())
         for row in ids_df.mapInArrow(judge, ddl).collect():
-            judged = None if row["gain"] is None else Gain(row["gain"], row["error"], row["cells"])
+            judged = None if row["gain"] is None else Gain(*row[1:])
             gains[pairs[row["id"]]] = judged
         log.debug("auto crosses: %d of %d pairs", end, len(pairs))
     shared.destroy()
@@ -185,7 +187,11 @@ def _promising_first(pairs: Sequence[Pair], names: Sequence[str], base: Base) ->
 
 
 def _beyond_chance(gains: dict[Pair, Gain], errors: float) -> dict[Pair, Gain]:
-    return {pair: g for pair, g in gains.items() if g.mean > errors * g.standard_error}
+    return {
+        pair: g
+        for pair, g in gains.items()
+        if g.mean > errors * g.standard_error and g.worst_fold > 0
+    }
 
 
 def _best_first(gains: dict[Pair, Gain]) -> list[Pair]:

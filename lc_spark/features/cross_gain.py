@@ -48,10 +48,14 @@ class Base:
 
 @dataclass(frozen=True)
 class Gain:
-    """Mean gain in nats a row with its standard error; cells with at least MIN_COUNT rows."""
+    """Mean gain in nats a row with its standard error, and the mean of the worst fold.
+
+    cells counts those with at least MIN_COUNT rows.
+    """
 
     mean: float
     standard_error: float
+    worst_fold: float
     cells: int
 
 
@@ -139,7 +143,10 @@ def cross_gain(base: Base, first: int, second: int) -> Gain | None:
     gains = np.zeros(len(moves))
     gains[at] = np.logaddexp(0, z) - np.logaddexp(0, z + u) + sample.label[at] * u
     error = gains.std() / np.sqrt(len(gains))
-    return Gain(float(gains.mean()), float(error), int((rows >= MIN_COUNT).sum()))
+    fold_rows = np.bincount(sample.fold)
+    fold_gains = np.bincount(sample.fold, gains)[fold_rows > 0] / fold_rows[fold_rows > 0]
+    n_known = int((rows >= MIN_COUNT).sum())
+    return Gain(float(gains.mean()), float(error), float(fold_gains.min()), n_known)
 
 
 def with_cross(sample: Sample, parents: Sequence[int]) -> Sample:
