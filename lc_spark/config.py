@@ -211,6 +211,11 @@ class Config(Section):
                     f"the field '{field.name}' reads '{field.column}', the true probability that "
                     "evaluation.truth names: take it out of the fields"
                 )
+        if self.features.crosses == "auto" and len(self._crossable) < 2:
+            raise ValueError(
+                "features.crosses: auto needs two categorical or bucketed fields at least, 'fields'"
+                f" has {len(self._crossable)}: add fields, or leave it at 'listed'"
+            )
         if self.split.by == "date" and self.source.date is None:
             raise ValueError("split by date needs source.date")
         for system in self.systems:
@@ -234,8 +239,12 @@ class Config(Section):
                 f"({training.epochs})"
             )
 
+    @property
+    def _crossable(self) -> list[str]:
+        return [f.name for f in self.fields if f.kind in ("categorical", "bucketed")]
+
     def _check_cross(self, cross: Crossed) -> None:
-        allowed = [f.name for f in self.fields if f.kind in ("categorical", "bucketed")]
+        allowed = self._crossable
         for parent in cross.of:
             if parent not in allowed:
                 raise ValueError(

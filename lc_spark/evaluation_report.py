@@ -13,6 +13,7 @@ from lc_spark.facts import Facts
 from lc_spark.features.shards import read_manifest
 from lc_spark.field_map import FieldMap
 from lc_spark.metrics import Bucket, Metrics
+from lc_spark.paper import Table
 from lc_spark.parameters import ParameterCount, parameter_count
 from lc_spark.systems import System
 from lc_spark.training import lr
@@ -75,6 +76,30 @@ def base_content(
     )
 
 
+def crosses_table(done: dict[str, Facts]) -> list[Table]:
+    """Return the table of the crosses that were chosen by their gain, if that was asked for."""
+    chosen = done["features"].get("auto_crosses")
+    if not chosen:
+        return []
+    rows = [{**cross, "pair": " x ".join(cross["of"])} for cross in chosen]
+    return [
+        Table(
+            "auto_crosses",
+            "Crosses that were chosen",
+            "Gain: log loss in nats a row that the cross takes off an additive model of all fields "
+            "and the crosses above it, on sampled train rows that it was not learnt from.",
+            {
+                "pair": ("cross", ""),
+                "gain": ("gain", ".6f"),
+                "standard_error": ("standard error", ".6f"),
+                "cells": ("cells", ",d"),
+                "rows": ("rows judged", ",d"),
+            },
+            rows,
+        )
+    ]
+
+
 def run_content(
     base: report.ReportContent,
     config: Config,
@@ -94,6 +119,7 @@ def run_content(
         tables=[
             paper.table_1(config.name, field_map, read_manifest(config)),
             paper.table_3(field_map, systems),
+            *crosses_table(done),
         ],
         roc={one.system.name: (*one.roc, one.metrics.auc) for one in evaluated},
         calibration={

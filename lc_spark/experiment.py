@@ -19,6 +19,7 @@ from lc_spark import (
     facts,
     metrics,
     pipeline,
+    stages,
     tables,
     tracking,
 )
@@ -208,7 +209,7 @@ def _evaluate(spark: SparkSession, config: Config, outcomes: list[Outcome], stat
         errors = "; ".join(sorted({o.error for o in outcomes if o.error}))
         raise LcSparkError(f"No cell of the experiment could be trained: {errors}")
     some = expanded(config, [outcome.cell for outcome in trained])
-    field_map = pipeline.read_field_map(some)
+    field_map = stages.read_field_map(some)
     with tracking.stage(config, state.parent, "evaluate") as run:
         scored_df = evaluate.all_scores_df(spark, some, field_map, "test")
         version = tables.write(scored_df, some, "experiment_scores", ("system",))

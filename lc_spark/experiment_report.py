@@ -19,7 +19,7 @@ from lc_spark.comparison import (
     speeds_of,
 )
 from lc_spark.config import Config
-from lc_spark.evaluation_report import base_content, parameters_of
+from lc_spark.evaluation_report import base_content, crosses_table, parameters_of
 from lc_spark.facts import Facts
 from lc_spark.features.shards import read_manifest
 from lc_spark.field_map import FieldMap
@@ -55,6 +55,7 @@ def content(
         paper.table_3(field_map, named),
         _table_4(lines, best),
         _leak_table(done["train_lr"], lr_test.auc),
+        *crosses_table(done),
         *([_failed_table(outcomes)] if any(o.error for o in outcomes) else []),
     ]
     drawn = [

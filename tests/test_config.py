@@ -163,6 +163,13 @@ def test_cut_points_must_ascend_strictly(tmp_path: Path) -> None:
     config_file.load(write(tmp_path, {"fields": [{**field, "cut_points": [1, 2]}]}))
 
 
+def test_auto_crosses_need_two_fields_that_can_be_crossed(tmp_path: Path) -> None:
+    config_file.load(write(tmp_path, {"features.crosses": "auto"}))
+    fields = [VALID["fields"][0], *VALID["fields"][2:4]]
+    message = error_of(write(tmp_path, {"features.crosses": "auto", "fields": fields}))
+    assert "needs two categorical or bucketed fields at least, 'fields' has 1" in message
+
+
 def test_split_by_date_needs_a_date(tmp_path: Path) -> None:
     split = {"by": "date", "valid_from": "2013-11-01", "test_from": "2013-12-01"}
     assert "needs source.date" in error_of(

@@ -20,7 +20,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from training_data import DAYS, FIELD_MAP, FIRST_DATE, FOLDS, write_shards
 
-from lc_spark import config_file, ingest, metrics, pipeline, score, tables
+from lc_spark import config_file, ingest, metrics, pipeline, score, stages, tables
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.shards import part_files
@@ -332,7 +332,7 @@ def flights(
     config = config_file.load(FLIGHTS, [f"workspace={workspace}", "systems=[lr]"])
     for stage in ("ingest", "features", "train_lr"):
         pipeline.run_stage(stage, spark, config)
-    field_map = pipeline.read_field_map(config)
+    field_map = stages.read_field_map(config)
     scores_df = score.shard_scores_df(
         spark, config, field_map, {"lr": workspace / "models/lr"}, "test"
     )

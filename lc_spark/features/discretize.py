@@ -62,7 +62,7 @@ def fit_numeric(
                 )
             )
         else:
-            cuts = _cut_points(field, low, high, quantiles.get(field.name) or [])
+            cuts = cut_points(field, low, high, quantiles.get(field.name) or [])
             infos.append(
                 FieldInfo(
                     field.name,
@@ -107,7 +107,7 @@ def _quantiles(
     return row.asDict() if row else {}
 
 
-def _cut_points(
+def cut_points(
     field: Bucketed, low: float | None, high: float | None, quantiles: list[float]
 ) -> tuple[float, ...]:
     """Return ascending inner edges; bucket i holds cut_points[i-1] <= x < cut_points[i]."""
