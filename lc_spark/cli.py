@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -47,6 +47,38 @@ def run(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> No
     console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"Model       {facts['registered']}", soft_wrap=True)
     console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    table: Annotated[str, typer.Argument(help="file or folder of raw rows")],
+    label: Annotated[str, typer.Option(help="the column to predict, of two values")],
+    file_format: Annotated[
+        Literal["parquet", "csv", "json", "delta"] | None,
+        typer.Option("--format", help="default: by the name of the table"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="default: conf/<name>.yaml")] = None,
+    name: Annotated[str | None, typer.Option(help="default: by the name of the table")] = None,
+) -> None:
+    """Look at a table of raw rows and write a config for it."""
+    from lc_spark import config, ingest, profile, propose, session
+    from lc_spark import init as init_config
+
+    name = init_config.config_name(name or table)
+    file_format = file_format or init_config.guess_format(table)
+    path = init_config.output_path(output, name)
+    spark = session.start_for(name, config.Spark())
+    rows_df = ingest.read_source(spark, table.replace("{date}", "*"), file_format)
+    found = profile.profile(rows_df, label)
+    spark.stop()
+    chosen = propose.choices(found)
+    init_config.write(init_config.yaml_text(found, chosen, table, file_format, name), path)
+    console.print(init_config.columns_table(found, chosen))
+    for choice in chosen:
+        if choice.warning:
+            console.print(f"Warning     {choice.column.name}: {choice.warning}", markup=False)
+    console.print(f"Config      {path}", soft_wrap=True, markup=False)
+    console.print(f"Next        lc-spark run {path}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -79,10 +79,18 @@ def _source(spark: SparkSession, config: Config, date: datetime.date | None) -> 
         path = str(datasets.materialize(source.dataset, config.workspace_path / "source"))
         return spark.read.parquet(path)
     path = (source.path or "").replace("{date}", date.isoformat() if date else "*")
+    return read_source(spark, path, source.format)
+
+
+def read_source(spark: SparkSession, path: str, file_format: str) -> DataFrame:
+    """Return the rows of a file or folder; CSV gives strings, CORRUPT a line that does not parse.
+
+    Raises LcSparkError when there is no such table or it cannot be read.
+    """
     try:
-        if source.format == "delta":
+        if file_format == "delta":
             return tables.read_delta(spark, path)
-        if source.format == "csv":
+        if file_format == "csv":
             header_df = spark.read.csv(path, header=True)
             schema = T.StructType(
                 [*header_df.schema.fields, T.StructField(CORRUPT, T.StringType())]
@@ -90,7 +98,7 @@ def _source(spark: SparkSession, config: Config, date: datetime.date | None) -> 
             # With pruned columns Spark would not see that a line has too many or too few.
             reader = spark.read.option("columnPruning", "false")
             return reader.csv(path, header=True, schema=schema, columnNameOfCorruptRecord=CORRUPT)
-        if source.format == "json":
+        if file_format == "json":
             inferred = spark.read.json(path, columnNameOfCorruptRecord=CORRUPT)
             fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
             schema = T.StructType([*fields, T.StructField(CORRUPT, T.StringType())])
@@ -98,7 +106,7 @@ def _source(spark: SparkSession, config: Config, date: datetime.date | None) -> 
         return spark.read.parquet(path)
     except AnalysisException as error:
         raise LcSparkError(
-            f"source: cannot read '{path}' as {source.format}: {_first_line(error)}"
+            f"source: cannot read '{path}' as {file_format}: {_first_line(error)}"
         ) from error
 
 
