@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from lc_spark import leaks
-from lc_spark.features.prepare import CATEGORICAL_TYPES, FLOATS, text_column
+from lc_spark.features.prepare import CATEGORICAL_TYPES, FLOATS
 
 NUMBER = r"^\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*$"
 DAY = r"^\s*[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([T ].*)?$"
@@ -79,12 +79,14 @@ def number_of(column: ColumnProfile) -> Column:
     return F.when(~F.isnan(number) & (F.abs(number) != float("inf")), number)
 
 
-def text_of(column: ColumnProfile) -> Column:
-    """Return a column's values as text, null for a missing one."""
+def value_of(column: ColumnProfile) -> Column:
+    """Return a column's values, null for null, NaN, the empty string and the empty array."""
     value = F.col(quoted(column.name))
     if column.holds == "array":
-        return F.when(F.size(value) > 0, value.cast("string"))
-    return text_column(value, column.type)
+        return F.when(F.size(value) > 0, value)
+    if column.type in FLOATS:
+        return F.when(~F.isnan(value), value)
+    return F.nullif(value, F.lit("")) if column.type == "string" else value
 
 
 def counted(rows_df: DataFrame) -> list[ColumnProfile]:
@@ -97,7 +99,7 @@ def counted(rows_df: DataFrame) -> list[ColumnProfile]:
     for i, column in enumerate(empty):
         if column.holds == "other":
             continue
-        value, number = text_of(column), number_of(column)
+        value, number = value_of(column), number_of(column)
         # xxhash64 of null is a number too.
         hashed = F.when(value.isNotNull(), F.xxhash64(value))
         wanted += [

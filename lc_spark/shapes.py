@@ -6,7 +6,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from lc_spark import leaks
-from lc_spark.columns import ColumnProfile, number_of, quoted, text_of
+from lc_spark.columns import ColumnProfile, number_of, quoted, value_of
 
 DELIMITERS = ("|", ";", ",")
 DELIMITED_SHARE = 0.3  # of the rows, before a text is looked at as a list
@@ -82,7 +82,7 @@ def with_lists(sample_df: DataFrame, columns: list[ColumnProfile]) -> list[Colum
 def _list(column: ColumnProfile, delimiter: str | None) -> Column:
     if delimiter is None:
         return F.col(quoted(column.name)).cast("array<string>")
-    return F.split(text_of(column), f"[{delimiter}]", -1)
+    return F.split(value_of(column), f"[{delimiter}]", -1)
 
 
 def _frequent_delimiters(
@@ -92,7 +92,7 @@ def _frequent_delimiters(
     pairs = [(c, d) for c in texts for d in DELIMITERS]
     if not pairs:
         return []
-    row = sample_df.agg(*[F.avg(text_of(c).contains(d).cast("double")) for c, d in pairs]).first()
+    row = sample_df.agg(*[F.avg(value_of(c).contains(d).cast("double")) for c, d in pairs]).first()
     assert row is not None, "an aggregate without keys has one row"
     return [pair for pair, share in zip(pairs, row, strict=True) if (share or 0) >= DELIMITED_SHARE]
 
@@ -113,5 +113,5 @@ def _key(column: ColumnProfile) -> Column:
     if column.holds == "number" and (column.fractions or column.distinct > MOST_CODES):
         above = F.filter(F.array(*map(F.lit, edges)), lambda edge: edge <= number_of(column))
         return F.when(number_of(column).isNotNull(), F.size(above).cast("long"))
-    text = text_of(column)
-    return F.when(text.isNotNull(), F.xxhash64(text))
+    value = value_of(column)
+    return F.when(value.isNotNull(), F.xxhash64(value))
