@@ -5,6 +5,7 @@ import itertools
 import keyword
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 
 from lc_spark.columns import ColumnProfile
@@ -77,8 +78,8 @@ def choices(profile: Profile) -> list[Choice]:
 
 def field_name(column: str, taken: set[str]) -> str:
     """Return a name that a field may have, near to the column's; taken are lower-case names."""
-    name = re.sub("[^A-Za-z0-9]+", "_", column) if not column.isidentifier() else column
-    name = re.sub("[^A-Za-z0-9_]", "_", name).strip("_") or "column"
+    plain = unicodedata.normalize("NFKD", column).encode("ascii", "ignore").decode()
+    name = re.sub("[^A-Za-z0-9_]+", "_", plain).strip("_") or "column"
     if name[0].isdigit():
         name = f"column_{name}"
     if name.lower() in RESERVED_NAMES or keyword.iskeyword(name):
