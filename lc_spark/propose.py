@@ -179,16 +179,16 @@ def _is_long_tailed_count(column: ColumnProfile) -> bool:
 
 def date_split(days: tuple[Day, ...]) -> DateSplit | None:
     """Return the split by day nearest to 70 / 10 / 20 % of the rows; None where none is near."""
-    total = sum(day.rows for day in days)
     if not FEWEST_DAYS <= len(days) <= MOST_DAYS:
         return None
+    before = [0, *itertools.accumulate(day.rows for day in days)]
+    total = before[-1]
 
-    def nearest_start(end: int, first: int, wanted: float) -> int:
-        shares = {i: sum(d.rows for d in days[i:end]) / total for i in range(first, end)}
-        return min(shares, key=lambda i: abs(shares[i] - wanted))
+    def start(end: int, first: int, wanted: float) -> int:
+        return min(range(first, end), key=lambda i: abs((before[end] - before[i]) / total - wanted))
 
-    test = nearest_start(len(days), 2, 0.2)
-    valid = nearest_start(test, 1, 0.1)
+    test = start(len(days), 2, 0.2)
+    valid = start(test, 1, 0.1)
     parts = (days[:valid], days[valid:test], days[test:])
     train_share, valid_share, test_share = (sum(d.rows for d in part) / total for part in parts)
     fits = train_share >= 0.5 and 0.04 <= valid_share <= 0.25 and 0.1 <= test_share <= 0.35

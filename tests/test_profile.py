@@ -2,6 +2,7 @@
 
 import datetime
 import random
+from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
@@ -10,6 +11,7 @@ from pyspark.sql import functions as F
 from lc_spark import leaks
 from lc_spark.columns import ColumnProfile
 from lc_spark.errors import LcSparkError
+from lc_spark.ingest import read_source
 from lc_spark.profile import Label, Profile, profile
 
 ROWS = 600
@@ -159,6 +161,20 @@ def test_a_label_of_two_values(
     row = source_df.agg(F.expr(f"count_if({expected.expression} = true)")).first()
     assert row is not None
     assert row[0] == expected.positives
+
+
+def test_a_line_that_does_not_parse_is_counted_and_not_looked_at(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    lines = ["y,site,n", "0,a,1", "1,b,2", "1,c,3,4", "0,a,5", ",b,6"]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    found = profile(read_source(spark, str(tmp_path / "log.csv"), "csv"), "y")
+    assert (found.rows, found.corrupt, found.label.missing) == (5, 1, 1)
+    assert [(c.name, c.holds, c.distinct) for c in found.columns] == [
+        ("site", "text", 2),
+        ("n", "number", 4),
+    ]
+    assert found.label.positives == 1
 
 
 @pytest.mark.parametrize(
