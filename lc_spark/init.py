@@ -93,8 +93,9 @@ def yaml_text(
         raise LcSparkError(f"No column of '{table}' is left to learn from ({reasons}).")
     split = propose.date_split(profile.days)
     lines = [
-        f"# Written by `lc-spark init` for {_comment(table)} ({profile.rows:,} rows). Beside",
-        "# each line stands what was seen; change what you know better. `lc-spark run` takes it.",
+        f"# Written by `lc-spark init` from {_comment(table)}, {profile.rows:,} rows.",
+        "# What was seen stands beside each line. Change what you know better: `lc-spark run` takes",
+        "# the file as it is.",
         f"name: {_quoted(name)}",
         f"workspace: {_quoted(f'workspace/{name}')}",
         "seed: 0",
