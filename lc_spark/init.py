@@ -94,8 +94,8 @@ def yaml_text(
     split = propose.date_split(profile.days)
     lines = [
         f"# Written by `lc-spark init` from {_comment(table)}, {profile.rows:,} rows.",
-        "# What was seen stands beside each line. Change what you know better: `lc-spark run` takes",
-        "# the file as it is.",
+        "# What was seen stands beside each line. Change what you know better; `lc-spark run`",
+        "# takes the file as it is.",
         f"name: {_quoted(name)}",
         f"workspace: {_quoted(f'workspace/{name}')}",
         "seed: 0",
