@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -73,6 +73,39 @@ def experiment(
         console.print(claim, soft_wrap=True)
     console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
+
+
+@app.command()
+def init(
+    table: Annotated[str, typer.Argument(help="file or folder of raw rows")],
+    label: Annotated[str, typer.Option(help="the column to predict, of two values")],
+    file_format: Annotated[
+        Literal["parquet", "csv", "json", "delta"] | None,
+        typer.Option("--format", help="default: by the name of the table"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="default: conf/<name>.yaml")] = None,
+    name: Annotated[str | None, typer.Option(help="default: by the name of the table")] = None,
+) -> None:
+    """Look at a table of raw rows and write a config for it."""
+    from lc_spark import config, session, sources
+    from lc_spark.init import config_text, profile, propose
+
+    name = config_text.config_name(name or table)
+    file_format = file_format or config_text.guess_format(table)
+    path = config_text.output_path(output, name)
+    spark = session.start_for(name, config.Spark())
+    files = config.Files(format=file_format)
+    rows_df = sources.read_files(spark, files, table.replace("{date}", "*"), "TABLE")
+    found = profile.profile(rows_df, label)
+    spark.stop()
+    chosen = propose.choices(found)
+    config_text.write(config_text.yaml_text(found, chosen, table, file_format, name), path)
+    console.print(config_text.columns_table(found, chosen))
+    for choice in chosen:
+        if choice.warning:
+            console.print(f"Warning     {choice.column.name}: {choice.warning}", markup=False)
+    console.print(f"Config      {path}", soft_wrap=True, markup=False)
+    console.print(f"Next        lc-spark run {path}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pyspark import SparkConf
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import SparkSession
 
-from lc_spark.config import Config
+from lc_spark.config import Config, Spark
 from lc_spark.errors import LcSparkError
 
 OLDEST_JAVA = 17
@@ -35,6 +35,11 @@ SETTINGS = {
 
 
 def start(config: Config) -> SparkSession:
+    """Return the session of a config: as ``start_for`` does, a local one with a core a rank."""
+    return start_for(config.name, config.spark, config.most_ranks)
+
+
+def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
     """Return the session: spark-submit's if there is one, else a local one with SETTINGS.
 
     Raises LcSparkError when Java or memory is missing, or Spark cannot start.
@@ -44,14 +49,14 @@ def start(config: Config) -> SparkSession:
     check_java()
     conf = SparkConf()
     if not conf.contains("spark.master"):
-        check_memory(config.spark.driver_memory)
-        conf.setMaster(config.spark.master or _local_master(config))
-        conf.set("spark.driver.memory", config.spark.driver_memory)
+        check_memory(settings.driver_memory)
+        conf.setMaster(settings.master or f"local[{max(os.cpu_count() or 1, ranks)}]")
+        conf.set("spark.driver.memory", settings.driver_memory)
         # Loopback: nothing of a local run is reachable from outside.
         conf.set("spark.driver.bindAddress", "127.0.0.1").set("spark.driver.host", "127.0.0.1")
-    for key, value in {**SETTINGS, **config.spark.settings}.items():
+    for key, value in {**SETTINGS, **settings.settings}.items():
         conf.setIfMissing(key, value)
-    builder = SparkSession.builder.config(conf=conf).appName(f"lc_spark {config.name}")
+    builder = SparkSession.builder.config(conf=conf).appName(f"lc_spark {name}")
     try:
         spark = builder.getOrCreate()
     except PySparkRuntimeError as error:
@@ -64,11 +69,6 @@ def start(config: Config) -> SparkSession:
     spark.sparkContext.setLogLevel("ERROR")
     logging.getLogger("py4j").setLevel(logging.WARNING)
     return spark
-
-
-def _local_master(config: Config) -> str:
-    ranks = config.most_ranks
-    return f"local[{max(os.cpu_count() or 1, ranks)}]"
 
 
 def check_java() -> None:

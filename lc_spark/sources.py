@@ -31,13 +31,17 @@ def read_source(spark: SparkSession, config: Config, date: datetime.date | None)
         rows_df = spark.read.parquet(str(datasets.materialize(source.dataset, folder)))
     else:
         path = (source.path or "").replace("{date}", date.isoformat() if date else "*")
-        rows_df = _read_files(spark, source, path, "source")
+        rows_df = read_files(spark, source, path, "source")
     for name, table in source.join.items():
         rows_df = _join(spark, rows_df, table, f"source.join.{name}")
     return rows_df
 
 
-def _read_files(spark: SparkSession, files: Files, path: str, where: str) -> DataFrame:
+def read_files(spark: SparkSession, files: Files, path: str, where: str) -> DataFrame:
+    """Return the rows of a file or folder; `where` names it in an error.
+
+    Columns of a CSV are strings; CORRUPT has the text of a line that does not parse.
+    """
     try:
         if files.format == "delta":
             return tables.read_delta(spark, path)
@@ -71,7 +75,7 @@ def _read_csv(spark: SparkSession, files: Files, path: str) -> DataFrame:
 
 def _join(spark: SparkSession, rows_df: DataFrame, table: Joined, where: str) -> DataFrame:
     """Add a table's columns to the rows; a row without a match gets nulls."""
-    table_df = _read_files(spark, table, table.path, where)
+    table_df = read_files(spark, table, table.path, where)
     if CORRUPT not in table_df.columns:
         table_df = table_df.withColumn(CORRUPT, F.lit(None).cast("string"))
     for column in table.keys:
