@@ -21,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console()
+# The result tables have eight columns: a pipe or a narrow terminal must not cut their names.
+wide_console = Console(width=max(console.width, 104))
 
 ConfigPath = Annotated[Path, typer.Argument(help="the YAML of one data set")]
 ConfigOption = Annotated[Path, typer.Option("--config", help="the YAML of one data set")]
@@ -43,7 +45,7 @@ def run(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> No
     for stage in pipeline.RUN_STAGES:
         facts = pipeline.run_stage(stage, spark, settings, date.date() if date else None)
     spark.stop()
-    console.print(report.result_table(facts["results"], facts["best"]))
+    wide_console.print(report.result_table(facts["results"], facts["best"]))
     console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"Model       {facts['registered']}", soft_wrap=True)
     console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
@@ -68,7 +70,7 @@ def experiment(
     spark = session.start(settings)
     facts = experiments.run_experiment(spark, settings)
     spark.stop()
-    console.print(report.result_table(facts["results"], facts["best"]))
+    wide_console.print(report.result_table(facts["results"], facts["best"]))
     for claim in facts["claims"]:
         console.print(claim, soft_wrap=True)
     console.print(f"Report      {facts['report']}", soft_wrap=True)

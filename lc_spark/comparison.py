@@ -131,10 +131,26 @@ def speeds_of(lines: Sequence[Line]) -> dict[str, tuple[float, float]]:
     return speeds
 
 
+def _choices(lines: Sequence[Line]) -> list[str]:
+    """Say which start of each system the validation rows choose."""
+    said = []
+    by_label = itertools.groupby(lines, key=lambda line: line.trained[0].cell.label)
+    for label, group in by_label:
+        started = [line for line in group if line.trained[0].cell.start]
+        if len(started) > 1:
+            best = min(started, key=lambda line: line.noted("best_valid_logloss"))
+            loss = best.noted("best_valid_logloss")
+            said.append(
+                f"{label}: the lowest validation log loss ({loss:.5f}) is that of start "
+                f"'{best.trained[0].cell.start}'."
+            )
+    return said
+
+
 def claims_of(lines: Sequence[Line], redrawn: Mapping[str, NDArray[np.float64]]) -> list[str]:
     """Say of every system whether starting from LR weights helps, against a random start."""
+    said = _choices(lines)
     by_place = {(o.cell.label, o.cell.start): line for line in lines for o in line.trained[:1]}
-    said = []
     for (label, start), line in by_place.items():
         random = by_place.get((label, "random"))
         if random is None or start in ("", "random"):

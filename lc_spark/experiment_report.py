@@ -28,6 +28,8 @@ from lc_spark.paper import PAPER_AUC, Table
 from lc_spark.report import ReportContent
 from lc_spark.tracking import StageRun
 
+STARTS_FIGURE = "The starts of M1 by epoch"
+
 
 def content(
     spark: SparkSession,
@@ -42,10 +44,10 @@ def content(
     lines = lines_of(outcomes, found, redrawn)
     done = {name: facts.read(config, name) for name in ("ingest", "features", "train_lr")}
     base = base_content(spark, config, field_map, done)
-    one_a_line = {o.cell.line: o for o in outcomes if not o.error}
+    one_a_system = {o.cell.label: o for o in outcomes if not o.error}
     named = [
         (name, outcome.cell.system.system, config.training_of(outcome.cell.system))
-        for name, outcome in one_a_line.items()
+        for name, outcome in one_a_system.items()
     ]
     curves = curves_of(lines)
     claims = claims_of(lines, redrawn)
@@ -62,7 +64,7 @@ def content(
         ("Seconds per epoch (the paper's Fig. 6)", figures.seconds_per_epoch(speeds_of(lines)))
     ]
     if curves:
-        drawn.insert(0, ("The starts of M1 by epoch", figures.ablation(curves, lr_test.logloss)))
+        drawn.insert(0, (STARTS_FIGURE, figures.ablation(curves, lr_test.logloss)))
     return dataclasses.replace(
         base,
         results=[_result(config, field_map, line) for line in lines],
@@ -70,6 +72,7 @@ def content(
         tables=tables,
         claims=claims,
         further_figures=drawn,
+        wide_figures=(STARTS_FIGURE,),
         data={"cells": [_cell_entry(o, found) for o in outcomes], "curves": curves},
     )
 

@@ -98,10 +98,11 @@ def lr_loss(history: Numbers) -> Figure:
     return figure
 
 
-def ablation(curves: Mapping[str, Mapping[str, Numbers]], lr_test_loss: float) -> Figure:
+def ablation(curves: Mapping[str, Mapping[str, list[float]]], lr_test_loss: float) -> Figure:
     """Draw train log loss, test log loss and test AUC by epoch, side by side, a line a start.
 
-    curves: start -> epoch, train_loss, test_logloss, test_auc. LR's test log loss is a level line.
+    curves: start -> epoch, train_loss, test_logloss, test_auc. LR's test log loss is a level line;
+    what is far above it leaves the panel, so that the others can be told apart.
     """
     figure = Figure(figsize=(SIZE[0] * 2.4, SIZE[1]), layout="constrained")
     FigureCanvasAgg(figure)
@@ -121,7 +122,12 @@ def ablation(curves: Mapping[str, Mapping[str, Numbers]], lr_test_loss: float) -
             axes.plot(lines["epoch"], lines[key], label=start, linewidth=1.4, **style)
         if key != "test_auc":
             axes.axhline(lr_test_loss, color="#888888", linewidth=0.8, label="LR, test")
-    panels[1].sharey(panels[0])
+    lowest = min(min(lines["train_loss"] + lines["test_logloss"]) for lines in curves.values())
+    for axes in panels[:2]:
+        axes.set_ylim(lowest - 0.05 * (lr_test_loss - lowest), lr_test_loss * 1.04)
+    level = min(lines["test_auc"][-1] for lines in curves.values())
+    best = max(max(lines["test_auc"]) for lines in curves.values())
+    panels[2].set_ylim(max(level, best - 0.04) - 0.002, best + 0.002)
     panels[0].legend(loc="best", frameon=False, fontsize=8)
     return figure
 

@@ -74,6 +74,7 @@ class ReportContent:
     tables: list[Table] = field(default_factory=list)
     claims: list[str] = field(default_factory=list)
     further_figures: list[tuple[str, Figure]] = field(default_factory=list)
+    wide_figures: tuple[str, ...] = ()  # those that take the width of the page
     data: dict[str, Any] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -187,7 +188,7 @@ def result_table(
         title="Results on the test split", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
     )
     table.caption = "* lowest log loss"
-    table.add_column("system")
+    table.add_column("system", no_wrap=True)
     columns = _columns(results)
     for heading, _ in columns.values():
         table.add_column(heading.replace(" ", "\n", 1), justify="right", no_wrap=True)
