@@ -329,7 +329,7 @@ def flights(
 ) -> tuple[Config, FieldMap, float]:
     """The flights up to LR, by the stages that everyone runs; and LR's AUC on the test rows."""
     workspace = tmp_path_factory.mktemp("flights")
-    config = config_file.load(FLIGHTS, [f"workspace={workspace}", "systems=[lr]"])
+    config = config_file.load(FLIGHTS, [f"workspace={workspace}", "systems=[lr]", "lr.l2=1e-4"])
     for stage in ("ingest", "features", "train_lr"):
         pipeline.run_stage(stage, spark, config)
     field_map = stages.read_field_map(config)

@@ -32,6 +32,11 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"epochs": 6, "patience": 6},
     {"hidden": [400, 400, 400]},
     {"schedule": "constant"},
+    {"learning_rate": 3e-3, "epochs": 6, "patience": 6},
+    {"learning_rate": 3e-3, "hidden": [400, 400, 400]},
+    {"m1": "joint", "m1_learning_rate": 1e-3},
+    {"m1": "joint", "m1_learning_rate": 1e-4},
+    {"joint_epochs": 1, "m1_learning_rate": 1e-4},
     {"start": "lr", "m1_learning_rate": 1e-3},
     {"start": "lr"},
     {"start": "random", "m1_learning_rate": 1e-3},
@@ -41,6 +46,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"channels": 8},
     {"channels": 8, "m1_learning_rate": 1e-3},
     {"channels": 8, "m1_weight_decay": 1e-1},
+    {"channels": 16, "m1_learning_rate": 1e-3},
 )
 
 
