@@ -49,7 +49,7 @@ class Training(Section):
     batch_size: PositiveInt = Field(512, description="rows a rank and step")
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
     channels: PositiveInt = Field(1, description="values a field in the locally connected layer")
-    start: Start = Field("lr", description="where M1 begins; see STARTS")
+    start: Start = Field("lr", description="where M1 begins: an LR of these or other rows")
     m1: Literal["joint", "frozen"] = Field(
         "frozen",
         description="after lr_cross_fitted or lr_past: M1 is trained with the rest, or kept as it "
