@@ -49,7 +49,9 @@ class Training(Section):
     batch_size: PositiveInt = Field(512, description="rows a rank and step")
     hidden: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (256, 128)
     channels: PositiveInt = Field(1, description="values a field in the locally connected layer")
-    start: Start = Field("lr", description="where M1 begins: an LR of these or other rows")
+    start: Start = Field(
+        "lr_cross_fitted", description="where M1 begins: an LR of these or other rows"
+    )
     m1: Literal["joint", "frozen"] = Field(
         "frozen",
         description="after lr_cross_fitted or lr_past: M1 is trained with the rest, or kept as it "
@@ -63,12 +65,12 @@ class Training(Section):
     )
     batch_norm: bool = True
     dropout: Fraction = 0.0
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the MLP (AdamW)")
     m1_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
     m1_weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    evaluations: PositiveInt = Field(1, description="looks at the valid split an epoch")
+    evaluations: PositiveInt = Field(2, description="looks at the valid split an epoch")
     patience: PositiveInt = Field(2, description="epochs without a better validation AUC")
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
