@@ -207,8 +207,10 @@ def train_lc_stage(
                 f"{result['rows_per_epoch']:,}",
                 f"{result['rows_left_over']:,}",
             )
-        for name, error in failed.items():
-            raise LcSparkError(f"Training '{name}': {error}")
+    for system, run in zip(systems, runs, strict=True):
+        if system.name in failed:
+            tracking.end_run(config, run.run_id, "FAILED")
+            raise LcSparkError(f"Training '{system.name}': {failed[system.name]}")
     return {"systems": trained, "summary": f"trained {', '.join(trained) or 'nothing'}"}
 
 
