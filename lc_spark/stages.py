@@ -210,7 +210,8 @@ def train_lc_stage(
     for system, run in zip(systems, runs, strict=True):
         if system.name in failed:
             tracking.end_run(config, run.run_id, "FAILED")
-            raise LcSparkError(f"Training '{system.name}': {failed[system.name]}")
+    if failed:
+        raise LcSparkError("; ".join(f"Training '{n}': {error}" for n, error in failed.items()))
     return {"systems": trained, "summary": f"trained {', '.join(trained) or 'nothing'}"}
 
 
