@@ -67,7 +67,7 @@ def experiment(
     if dry_run:
         console.print(experiments.plan(settings))
         return
-    spark = session.start(settings)
+    spark = session.start(experiments.expanded(settings, experiments.cells(settings)))
     facts = experiments.run_experiment(spark, settings)
     spark.stop()
     wide_console.print(report.result_table(facts["results"], facts["best"]))

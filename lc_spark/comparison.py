@@ -9,26 +9,11 @@ from numpy.typing import NDArray
 
 from lc_spark import bootstrap
 from lc_spark.bootstrap import Interval
+from lc_spark.cells import Cell
 from lc_spark.facts import Facts
 from lc_spark.metrics import Metrics
-from lc_spark.systems import System
 
 AUC, LOGLOSS = 0, 1  # columns of bootstrap.replicates
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of an experiment: a system of its own name, with a start and a seed."""
-
-    system: System
-    label: str  # the system's name in the config
-    start: str  # the variant's name; empty where none is crossed with the system
-    seed: int | None  # None for LR, which has none
-
-    @property
-    def line(self) -> str:
-        """The line of the tables that it belongs to, with the other seeds."""
-        return f"{self.label}, {self.start}" if self.start else self.label
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ def lines_of(
         gains = [
             bootstrap.difference(
                 [redrawn[n] for n in names],
-                redrawn[lr],
+                [redrawn[lr]],
                 column,
                 float(np.mean([getattr(m, key) for m in ours])) - getattr(found[lr], key),
             )
@@ -158,12 +143,14 @@ def claims_of(lines: Sequence[Line], redrawn: Mapping[str, NDArray[np.float64]])
         spreads = []
         for column, key in ((AUC, "auc"), (LOGLOSS, "logloss")):
             ours = [redrawn[o.cell.system.name] for o in line.trained]
-            theirs = np.mean([redrawn[o.cell.system.name] for o in random.trained], axis=0)
+            theirs = [redrawn[o.cell.system.name] for o in random.trained]
             gain = line.mean(key) - random.mean(key)
             spreads.append(bootstrap.difference(ours, theirs, column, gain))
         better = spreads[1].high < 0
         worse = spreads[1].low > 0
         verdict = "helps" if better else "hurts" if worse else "makes no difference beyond chance"
+        if len(line.trained) == 1:
+            verdict += " (one seed)"
         said.append(
             f"{label}: start '{start}' {verdict} against 'random': log loss "
             f"{interval_text(spreads[1], '.5f')}, AUC {interval_text(spreads[0], '.4f')}."

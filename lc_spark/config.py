@@ -10,9 +10,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from lc_spark.cells import cells_of
 from lc_spark.errors import nearest
 from lc_spark.field_kinds import AnyField, Crossed, Fraction, Name, PositiveInt, Section
-from lc_spark.systems import FIXED, Experiment, Lr, System, Training, Variant
+from lc_spark.systems import FIXED, Experiment, Lr, System, Training
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -221,11 +222,18 @@ class Config(Section):
         for system in self.systems:
             if system.name.lower() == "lr" and system.system != "lr":
                 raise ValueError(f"the name 'lr' is kept for LR itself, not for a {system.system}")
+            if system.name.startswith(("lr_fold_", "lr_past_")):
+                raise ValueError(f"'{system.name}': names like this are kept for the LRs of starts")
             self._check_training(system.name, self.training_of(system))
-        for system in self.experiment.systems or self.systems:
-            for variant in self.experiment.starts:
-                training = self.training_of(system, variant)
-                self._check_training(f"experiment: {system.name}, {variant.name}", training)
+        cells = cells_of(self.systems, self.experiment)
+        names = Counter(cell.system.name.lower() for cell in cells)
+        twice = next((name for name, n in names.items() if n > 1), None)
+        if twice:
+            raise ValueError(
+                f"experiment: two runs are named '{twice}': rename a system or a start"
+            )
+        for cell in cells:
+            self._check_training(f"experiment: {cell.line}", self.training_of(cell.system))
         return self
 
     def _check_training(self, who: str, training: Training) -> None:
@@ -254,11 +262,10 @@ class Config(Section):
         if len(set(cross.of)) < len(cross.of):
             raise ValueError(f"the cross '{cross.name}' names a field twice")
 
-    def training_of(self, system: System, variant: Variant | None = None) -> Training:
-        """Return the common training settings, a variant's on top, then the system's own."""
-        settings = self.training.model_dump() | (variant.training if variant else {})
-        settings |= system.training | FIXED.get(system.system, {})
-        return Training.model_validate(settings)
+    def training_of(self, system: System) -> Training:
+        """Return the common training settings with the system's own ones on top."""
+        fixed = FIXED.get(system.system, {})
+        return Training.model_validate({**self.training.model_dump(), **system.training, **fixed})
 
     @property
     def most_ranks(self) -> int:

@@ -23,43 +23,24 @@ from lc_spark import (
     tables,
     tracking,
 )
-from lc_spark.comparison import Cell, Outcome
+from lc_spark.cells import Cell, cells_of
+from lc_spark.comparison import Outcome
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import parameters_of
 from lc_spark.facts import Facts
 from lc_spark.field_map import FieldMap
-from lc_spark.systems import LC_SYSTEMS, System, Variant
 from lc_spark.tracking import StageRun
 from lc_spark.training import launch, spec
 
 log = logging.getLogger("lc_spark")
 
 WATCHED = ("test",)  # curves only: what is kept and compared is chosen by the valid split
-MOST_DEATHS = 2  # launches in a row that end without one trained cell
 
 
 def cells(config: Config) -> list[Cell]:
-    """Return every run of the experiment; LR, which has no seed, is one and comes first."""
-    listed = config.experiment.systems or config.systems
-    lr = next((system for system in listed if system.system == "lr"), System(system="lr"))
-    found = [Cell(lr, lr.name, "", None)]
-    for system in listed:
-        if system.system == "lr":
-            continue
-        crossed = system.system in LC_SYSTEMS and "start" not in system.training
-        variants: Sequence[Variant | None] = config.experiment.starts if crossed else ()
-        for variant in variants or (None,):
-            for seed in config.experiment.seeds:
-                found.append(_cell(system, variant, seed))
-    return found
-
-
-def _cell(system: System, variant: Variant | None, seed: int) -> Cell:
-    parts = [system.name, *([variant.name] if variant else []), f"seed{seed}"]
-    training = {**(variant.training if variant else {}), **system.training}
-    own = System(system=system.system, name="_".join(parts), training=training)
-    return Cell(own, system.name, variant.name if variant else "", seed)
+    """Return every run of the config's experiment, LR first."""
+    return cells_of(config.systems, config.experiment)
 
 
 def expanded(config: Config, todo: Sequence[Cell]) -> Config:
@@ -140,26 +121,41 @@ def run_experiment(spark: SparkSession, config: Config) -> Facts:
 
 def _train(spark: SparkSession, full: Config, todo: Sequence[Cell], state: _State) -> list[Outcome]:
     """Train all cells but LR, each once; return what became of each."""
+    fingerprint = stages.read_field_map(full).fingerprint
     specs: dict[str, spec.TrainSpec] = {}
+    results: dict[str, Facts] = {}
     for cell in todo[1:]:
-        name = cell.system.name
-        if name not in state.runs:
+        name, seed = cell.system.name, cell.seed
+        new = name not in state.runs
+        if new:
             run = tracking.start_child(full, state.parent, name)
             run.log_params(full.training_of(cell.system).model_dump(mode="json"))
-            tags = {"system": cell.system.system, "start": cell.start, "seed": str(cell.seed)}
-            run.set_tags(tags)
+            tags = {"system": cell.system.system, "start": cell.start, "seed": str(seed)}
+            run.set_tags(tags | {"fingerprint": fingerprint})
             state.runs[name] = run.run_id
             state.save()
-        specs[name] = launch.train_spec(
-            full, cell.system, state.runs[name], seed=cell.seed, watch=WATCHED
-        )
-    results = _launch_all(spark, specs)
+        try:
+            one = launch.train_spec(full, cell.system, state.runs[name], seed, WATCHED)
+        except LcSparkError as error:
+            results[name] = {"error": str(error)}
+            continue
+        done = spec.finished(one)
+        if done is None:
+            specs[name] = one
+        else:
+            results[name] = done
+            if new:
+                _log_epochs(one, done)
+    if specs and len(specs) < len(todo) - 1:
+        n_before = sum("error" not in result for result in results.values())
+        log.info("experiment: %d of %d cells were trained before", n_before, len(todo) - 1)
+    results |= _launch_all(spark, specs)
     outcomes = [Outcome(todo[0], facts.read(full, "train_lr"), "")]
     for cell in todo[1:]:
-        result = results[cell.system.name]
+        run_id = state.runs[cell.system.name]
+        result = results[cell.system.name] | {"run_id": run_id}
         error = str(result.get("error", ""))
         outcomes.append(Outcome(cell, result, error))
-        run_id = state.runs[cell.system.name]
         tracking.end_run(full, run_id, "FAILED" if error else "FINISHED")
     return outcomes
 
@@ -167,34 +163,34 @@ def _train(spark: SparkSession, full: Config, todo: Sequence[Cell], state: _Stat
 def _launch_all(spark: SparkSession, specs: dict[str, spec.TrainSpec]) -> dict[str, Facts]:
     """Return the result of every spec, {"error": sentence} for one that could not be trained.
 
-    When the ranks die, the cell that they were at has failed, and the others go on in new ones.
+    When the ranks die, the cell that they were at has failed, and those not begun go on in new
+    ranks. Ranks that end without beginning any cell would do so again: then all have failed.
     """
     results: dict[str, Facts] = {}
     pending = dict(specs)
-    for name, one in specs.items():
-        done = spec.finished(one)
-        if done is not None:
-            _log_epochs(one, done)
-            results[name] = done
-            del pending[name]
-    if results:
-        log.info("experiment: %d of %d cells were trained before", len(results), len(specs))
-    deaths = 0
     while pending:
         try:
             made = launch.launch_specs(spark, list(pending.values()))
-            results |= dict(zip(pending, made, strict=True))
-            break
+            return results | dict(zip(pending, made, strict=True))
         except LcSparkError as error:
-            done_now = {n: r for n, s in pending.items() if (r := spec.finished(s)) is not None}
-            deaths = 0 if done_now else deaths + 1
-            results |= done_now
-            left = [name for name in pending if name not in done_now]
-            died = left if deaths == MOST_DEATHS else left[:1]
-            results |= {name: {"error": str(error)} for name in died}
-            log.warning("experiment: %s failed: %s", ", ".join(died), error)
-            pending = {name: pending[name] for name in left if name not in died}
+            ended = _ended(pending, str(error)) or dict.fromkeys(pending, {"error": str(error)})
+            failed = [name for name, result in ended.items() if "error" in result]
+            log.warning("experiment: %s failed: %s", ", ".join(failed), error)
+            results |= ended
+            pending = {name: one for name, one in pending.items() if name not in ended}
     return results
+
+
+def _ended(pending: dict[str, spec.TrainSpec], death: str) -> dict[str, Facts]:
+    """Return what became of the cells that dead ranks had begun."""
+    ended: dict[str, Facts] = {}
+    for name, one in pending.items():
+        done, error = spec.finished(one), spec.noted_error(one)
+        if done is not None:
+            ended[name] = done
+        elif error is not None:
+            ended[name] = {"error": error or death}
+    return ended
 
 
 def _log_epochs(one: spec.TrainSpec, result: Facts) -> None:
@@ -205,6 +201,8 @@ def _log_epochs(one: spec.TrainSpec, result: Facts) -> None:
 
 def _evaluate(spark: SparkSession, config: Config, outcomes: list[Outcome], state: _State) -> Facts:
     trained = [outcome for outcome in outcomes if not outcome.error]
+    if len(outcomes) == 1:
+        raise LcSparkError("The experiment has LR alone: name further systems to compare it with.")
     if len(trained) < 2:
         errors = "; ".join(sorted({o.error for o in outcomes if o.error}))
         raise LcSparkError(f"No cell of the experiment could be trained: {errors}")

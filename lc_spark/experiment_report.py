@@ -148,8 +148,9 @@ def _table_4(lines: Sequence[Line], best: Metrics | None) -> Table:
         "table_4",
         "Quality on the test rows (the paper's Table 4)",
         "Mean and standard deviation over the seeds. In brackets the 95 % interval of the "
-        f"difference to LR, by {bootstrap.REPLICATES} bootstrap draws of the test rows, the same "
-        "for all systems; it does not include the spread over seeds.",
+        f"difference to LR, by {bootstrap.REPLICATES} bootstrap draws of the test rows (of "
+        f"{bootstrap.MOST_ROWS:,} sampled ones where there are more; the same for all systems) "
+        "and of the seeds.",
         columns,
         [{key: row.get(key) for key in columns} for row in rows],
     )

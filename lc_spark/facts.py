@@ -34,6 +34,14 @@ def exists(config: Config, stage: str) -> bool:
     return (config.workspace_path / "stages" / f"{stage}.json").is_file()
 
 
+def forget(config: Config, stage: str) -> None:
+    """Remove the facts of a stage that is run again, and of those that build on what it makes."""
+    order = list(DEPENDS_ON)
+    later = order[order.index(stage) :] if stage in order else [stage]
+    for name in later:
+        (config.workspace_path / "stages" / f"{name}.json").unlink(missing_ok=True)
+
+
 def read(config: Config, stage: str) -> Facts:
     """Return the facts of a stage; raises LcSparkError when it has not run."""
     path = config.workspace_path / "stages" / f"{stage}.json"

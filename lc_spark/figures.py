@@ -1,6 +1,7 @@
 """Turns curves and histories into matplotlib figures, for MLflow and the report."""
 
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -102,7 +103,7 @@ def ablation(curves: Mapping[str, Mapping[str, list[float]]], lr_test_loss: floa
     """Draw train log loss, test log loss and test AUC by epoch, side by side, a line a start.
 
     curves: start -> epoch, train_loss, test_logloss, test_auc. LR's test log loss is a level line;
-    what is far above it leaves the panel, so that the others can be told apart.
+    what is far from the others leaves the panel, so that the others can be told apart.
     """
     figure = Figure(figsize=(SIZE[0] * 2.4, SIZE[1]), layout="constrained")
     FigureCanvasAgg(figure)
@@ -120,16 +121,20 @@ def ablation(curves: Mapping[str, Mapping[str, list[float]]], lr_test_loss: floa
         for place, (start, lines) in enumerate(curves.items()):
             style = _style(place)
             axes.plot(lines["epoch"], lines[key], label=start, linewidth=1.4, **style)
-        if key != "test_auc":
+        if key == "test_logloss":
             axes.axhline(lr_test_loss, color="#888888", linewidth=0.8, label="LR, test")
-    lowest = min(min(lines["train_loss"] + lines["test_logloss"]) for lines in curves.values())
-    for axes in panels[:2]:
-        axes.set_ylim(lowest - 0.05 * (lr_test_loss - lowest), lr_test_loss * 1.04)
-    level = min(lines["test_auc"][-1] for lines in curves.values())
-    best = max(max(lines["test_auc"]) for lines in curves.values())
-    panels[2].set_ylim(max(level, best - 0.04) - 0.002, best + 0.002)
-    panels[0].legend(loc="best", frameon=False, fontsize=8)
+    for axes, key in zip(panels, shown, strict=True):
+        axes.set_ylim(*_without_outliers([lines[key] for lines in curves.values()]))
+    panels[1].legend(loc="best", frameon=False, fontsize=8)
     return figure
+
+
+def _without_outliers(lines: Sequence[Numbers]) -> tuple[float, float]:
+    """Return limits that hold every line whose end is within 5 % of the middle one's."""
+    middle = statistics.median(line[-1] for line in lines)
+    near = [value for line in lines if abs(line[-1] / middle - 1) < 0.05 for value in line]
+    margin = 0.05 * (max(near) - min(near)) + 1e-6
+    return min(near) - margin, max(near) + margin
 
 
 def seconds_per_epoch(speeds: Mapping[str, tuple[float, float]]) -> Figure:

@@ -155,6 +155,8 @@ def exact_aucs(scores_df: DataFrame) -> dict[str, float]:
             doubled += int(part["sum(pairs)"]) + 2 * part["p"] * negatives
             positives += part["p"]
             negatives += part["n"]
+        if positives * negatives == 0:
+            raise LcSparkError(ONE_CLASS)
         aucs[str(system)] = doubled / (2 * positives * negatives)
     return aucs
 

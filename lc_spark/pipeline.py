@@ -31,6 +31,7 @@ def run_stage(
     parent is the MLflow run that the stage's run goes under: by default that of the pipeline.
     """
     under = parent or _parent_run(config, new=name == "ingest")
+    facts.forget(config, name)
     log.info("%s: started", name)
     started = time.perf_counter()
     try:

@@ -130,7 +130,11 @@ def train_lr_stage(
 ) -> Facts:
     """Train shards -> models/lr, Delta lr_weights; and the LRs that a start holds rows out of."""
     field_map = read_field_map(config)
-    parts = lr.held_out_parts(config, read_manifest(config))
+    manifest = read_manifest(config)
+    parts = lr.held_out_parts(config, manifest)
+    for split in ("train", "valid"):
+        if not 0 < manifest["splits"][split]["positives"] < manifest["splits"][split]["rows"]:
+            raise LcSparkError(f"The {split} split has rows of one label only: check 'split'.")
     with tracking.stage(config, parent, "lr") as run:
         run.log_params(config.lr.model_dump())
         run.set_tags({"fingerprint": field_map.fingerprint})
@@ -141,6 +145,11 @@ def train_lr_stage(
             for split in ("train", "valid")
         }
         train_df = vectors["train"].persist(StorageLevel.MEMORY_AND_DISK)
+        unfit = lr.unfit_parts(train_df, parts)
+        for name, why in unfit.items():
+            log.warning("train_lr: %s", why)
+            shutil.rmtree(config.workspace_path / "models" / name, ignore_errors=True)
+        parts = {name: seen for name, seen in parts.items() if name not in unfit}
         fit, model, valid_losses = lr.fit_path(train_df, vectors["valid"], config)
         lr.save_lr(fit, config, field_map)
         held_out = lr.fit_held_out(train_df, parts, fit.l2, config, field_map)
@@ -168,6 +177,7 @@ def train_lr_stage(
             "l2": fit.l2,
             "valid_logloss_by_l2": valid_losses,
             "aucs": aucs,
+            "unfit": unfit,
             "run_id": run.run_id,
             "summary": f"l2 {fit.l2:g}, {fit.iterations} passes over {field_map.d:,} weights, "
             f"objective {fit.loss_history[0]:.5f} -> {fit.loss_history[-1]:.5f}; AUC "

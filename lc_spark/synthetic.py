@@ -70,7 +70,7 @@ def synthetic(rows: int = 300_000, seed: int = 2017) -> pd.DataFrame:
       + (0.35 (rating - 3.8), or 0 before there is one), z = ln(price / 25) / 0.8.
     - where = e[hour] + e[weekday] + e[device] + e[placement].
     - pairs = g[segment, category](t) + g[hour, device](t) + g[country, brand](t), with g like e,
-      and mean 0 over each value of either field: nothing of it is additive.
+      and mean 0 over each value of either field, all values counted alike.
     - s = who + what + where + 1.3 who what + 1.2 |who + where| + pairs, and
       logit = b + 4 tanh(s / 4), with b such that the mean probability is 0.17.
     - true_probability = 1 / (1 + exp(-logit)), to six digits; clicked ~ Bernoulli of it.

@@ -100,12 +100,12 @@ def test_replicates_spread_as_redrawn_rows_do_and_are_paired(spark: SparkSession
     np.testing.assert_allclose(found["good"].mean(0), np.mean(redrawn, 0), atol=2e-3)
     np.testing.assert_allclose(found["good"].std(0), np.std(redrawn, 0), rtol=0.2)
     gain = roc_auc_score(labels, scores) - roc_auc_score(bad["label"], bad["score"])
-    interval = bootstrap.difference([found["good"]], found["bad"], 0, gain)
+    interval = bootstrap.difference([found["good"]], [found["bad"]], 0, gain)
     assert 0 < interval.low < interval.value < interval.high
     # Paired: the difference spreads less than the two AUCs on their own would let it.
     apart = np.hypot(found["good"][:, 0].std(), found["bad"][:, 0].std())
     assert interval.high - interval.low < 2 * 1.96 * apart
-    nothing = bootstrap.difference([found["good"]], found["same"], 0, 0.0)
+    nothing = bootstrap.difference([found["good"]], [found["same"]], 0, 0.0)
     assert nothing == (0.0, 0.0, 0.0)
 
 
@@ -123,7 +123,11 @@ def test_replicates_take_ties_as_scikit_learn_does() -> None:
 def test_a_lr_past_without_days_and_a_seed_named_twice_are_refused(
     make_config: ConfigMaker,
 ) -> None:
+    starts = {"seeds": [1], "starts": ["random", "random"]}
     for settings, said in (
+        ({"experiment": starts}, "two runs are named 'lc_dnn_random_seed1'"),
+        ({"experiment": {"systems": ["lc_dnn", "lc_dnn"]}}, "two runs are named 'lc_dnn_seed1'"),
+        ({"systems": [{"system": "lc_dnn", "name": "lr_fold_0"}]}, "kept for the LRs of starts"),
         ({"experiment": {"seeds": []}}, "at least 1 item"),
         ({"experiment": {"seeds": [1, 1]}}, "names a seed twice"),
         ({"experiment": {"starts": ["lr_past"]}}, "start lr_past needs source.date"),

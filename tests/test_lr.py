@@ -251,28 +251,25 @@ def test_l2_is_chosen_by_the_validation_rows(
     assert model.coefficients.toArray() == pytest.approx(fit.weights)
 
 
-def test_a_part_without_both_labels_is_refused(
+def test_a_part_without_both_labels_is_told(
     spark: SparkSession, make_config: ConfigMaker, small: tuple[Config, lr.LrFit]
 ) -> None:
     config = held_out_config(make_config, small[0])
     vectors = str(config.workspace_path / "one_label_vectors")
     train_df = lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors)
     one_df = train_df.where("fold != 1 OR label = 0")
-    said = "needs 'lr_fold_1', but of label 1 no train rows are left to the network"
-    with pytest.raises(LcSparkError, match=said):
-        lr.fit_held_out(one_df, {"lr_fold_1": F.col("fold") != 1}, 1e-3, config, FIELD_MAP)
+    parts = {f"lr_fold_{fold}": F.col("fold") != fold for fold in range(FOLDS)}
+    [(name, why)] = lr.unfit_parts(one_df, parts).items()
+    assert name == "lr_fold_1"
+    assert "needs 'lr_fold_1', but of label 1 no train rows are left to the network" in why
 
 
-def test_facts_are_read_back_and_another_field_map_is_refused(
-    small: tuple[Config, lr.LrFit], make_config: ConfigMaker
+def test_shards_of_another_number_of_folds_are_refused(
+    make_config: ConfigMaker, small: tuple[Config, lr.LrFit]
 ) -> None:
-    config, fit = small
-    found = lr.read_facts(config, FIELD_MAP)
-    assert (found["bias"], found["iterations"]) == (fit.bias, fit.iterations)
-    with pytest.raises(LcSparkError, match=f"The LR model carries .*{FIELD_MAP.fingerprint}"):
-        lr.read_facts(config, FieldMap(FIELD_MAP.fields[:1]))
-    with pytest.raises(LcSparkError, match="run the stage 'train_lr' first"):
-        lr.read_facts(make_config(), FIELD_MAP)
+    config = held_out_config(make_config, small[0])
+    with pytest.raises(LcSparkError, match="shards.folds is 3, but the shards were written with 5"):
+        lr.held_out_parts(config, {"folds": 5})
 
 
 def test_lr_weights_have_a_row_a_feature_with_its_value(spark: SparkSession) -> None:

@@ -103,6 +103,24 @@ def _start_of(spec: TrainSpec) -> tuple[models.LcNetwork, Copies | None]:
     return model, copies
 
 
+def test_frozen_keeps_lr_in_channel_0_and_trains_the_others(folder: Path) -> None:
+    write_lr(folder, FIELD_MAP, np.linspace(-1, 1, FIELD_MAP.d))
+    spec = make_spec(folder, start="frozen", channels=2, epochs=1, m1_weight_decay=0.01)
+    start, _ = _start_of(spec)
+    train(spec)
+    m1 = m1_of(spec)
+    np.testing.assert_array_equal(m1[:, 0], np.linspace(-1, 1, FIELD_MAP.d).astype(np.float32))
+    assert np.abs(m1[:, 1] - start.m1.weight.detach().numpy()[:, 1]).max() > 0.01
+
+
+def test_an_early_stop_goes_on_with_the_joint_epochs(folder: Path) -> None:
+    settings = {"epochs": 12, "patience": 1, "learning_rate": 0.3, "schedule": "constant"}
+    spec = cross_fitted(folder, m1="frozen", joint_epochs=1, evaluations=1, **settings)
+    points = [entry["epoch"] for entry in train(spec)["epochs"]]
+    assert points[-1] == 12
+    assert len(points) < 12
+
+
 def test_joint_copies_end_in_their_mean(folder: Path) -> None:
     spec = cross_fitted(folder, m1="joint", m1_learning_rate=1e-3)
     start, _ = _start_of(spec)

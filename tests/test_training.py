@@ -26,7 +26,7 @@ from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.launch import launch
 from lc_spark.training.learner import schedule_factor
 from lc_spark.training.loop import run_rank, train
-from lc_spark.training.spec import TrainSpec, finished
+from lc_spark.training.spec import TrainSpec, finished, note_state, noted_error
 
 SIZES = {"train": (900, 900, 850, 900), "valid": (400, 401)}
 
@@ -198,6 +198,8 @@ def test_one_that_fails_leaves_the_others_be(folder: Path) -> None:
     assert "loss is" in results[0]["error"]
     assert results[1]["best_valid_auc"] > 0.6
     assert finished(bad) is None
+    assert "loss is" in str(noted_error(bad))
+    assert noted_error(good) is None
     assert finished(good) == results[1]
 
 
@@ -216,6 +218,21 @@ def test_a_finished_run_is_not_repeated_but_one_of_other_settings_is(
         assert finished(other) is None
     manifest = folder / "shards" / "manifest.json"
     manifest.write_text(manifest.read_text() + " ")  # other data
+    assert finished(spec) is None
+
+
+def test_a_result_is_void_once_another_run_has_written_the_model(folder: Path) -> None:
+    spec = make_spec(folder, epochs=1)
+    train(spec)
+    other = dataclasses.replace(spec, seed=8)
+    note_state(other)  # what a killed run leaves
+    assert finished(spec) is None
+    assert noted_error(other) == ""
+    assert noted_error(spec) is None
+    train(spec)
+    assert finished(spec) is not None
+    model = Path(spec.output) / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:-1])
     assert finished(spec) is None
 
 

@@ -62,6 +62,7 @@ def write_shards(
     field_map.write(folder / "field_map.json")
     shards = folder / "shards"
     manifest: dict[str, Any] = {"fingerprint": field_map.fingerprint, "seed": seed, "splits": {}}
+    manifest["folds"] = FOLDS
     next_id = 0
     for split, groups in {"train": (), "valid": (), "test": (), **row_groups}.items():
         (shards / f"split={split}").mkdir(parents=True)

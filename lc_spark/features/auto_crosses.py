@@ -103,11 +103,15 @@ def choose_crosses(train_df: DataFrame, config: Config) -> Choice:
     while left and len(chosen) < settings.number:
         best = _best_first(left)[0]
         chosen[best] = left.pop(best)
-        if len(chosen) < settings.number and left and time.monotonic() < until:
+        if len(chosen) < settings.number and left:
+            if time.monotonic() >= until:
+                log.warning("auto crosses: no time to judge further pairs beside those chosen")
+                break
             parents = [names.index(parent) for parent in best]
             base = fit_base(with_cross(base.sample, parents))
+            # A pair that the time does not reach is out: its gain is over an older base.
             again = judge_pairs(spark, base, names, _best_first(left), until)
-            left |= {pair: gain for pair, gain in again.items() if gain is not None}
+            left = {pair: gain for pair, gain in again.items() if gain is not None}
             left = _beyond_chance(left, errors)
     n = len(sample.label)
     return Choice(

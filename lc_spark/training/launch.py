@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -10,7 +11,7 @@ from pyspark.errors import PySparkException
 from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
-from lc_spark import tracking
+from lc_spark import facts, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features import shards
@@ -74,6 +75,11 @@ def train_spec(
         raise LcSparkError(f"'{system.name}' is an lr: the train_lr stage trains it.")
     training = config.training_of(system)
     workspace = config.workspace_path
+    held_out = lr.held_out_folders(config, training)
+    unfit = facts.read(config, "train_lr")["unfit"] if held_out else {}
+    for folder in held_out:
+        if Path(folder).name in unfit:
+            raise LcSparkError(f"{system.name}: {unfit[Path(folder).name]}")
     return TrainSpec(
         name=system.name,
         system=system.system,
@@ -83,7 +89,7 @@ def train_spec(
         output=str(workspace / "models" / system.name),
         seed=config.seed if seed is None else seed,
         lr_model=None if training.start == "random" else str(workspace / "models" / "lr"),
-        held_out_lr=lr.held_out_folders(config, training),
+        held_out_lr=held_out,
         first_date=_first_date(config, training),
         watch=watch,
         tracking_uri=None if run_id is None else tracking.uri_of(config),

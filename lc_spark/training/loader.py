@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from lc_spark.errors import LcSparkError
+from lc_spark.errors import LcSparkError, RankError
 from lc_spark.field_map import FieldMap, require_same
 from lc_spark.training.models import to_tensors
 
@@ -138,7 +138,7 @@ def evaluation_batches(
     # zip asks for the next expected size first: it ends without waiting for one group too many.
     for rows, group in zip(expected, _row_groups(files, field_map, None), strict=False):
         if len(group.labels) != rows:
-            raise LcSparkError(
+            raise RankError(
                 f"A row group of {shards}/split={split} has {len(group.labels)} rows, the manifest "
                 f"says {rows}: run the features stage again."
             )

@@ -7,7 +7,6 @@ decides from what every rank knows, so that none waits for another that has left
 import contextlib
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterable
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from lc_spark.errors import LcSparkError
+from lc_spark.errors import LcSparkError, RankError
 from lc_spark.field_map import FieldMap
 from lc_spark.parameters import parameter_count
-from lc_spark.systems import Training
+from lc_spark.systems import HELD_OUT, Training
 from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.learner import Learner
 from lc_spark.training.memory import check_memory
-from lc_spark.training.spec import TrainSpec, curves, finished, note_result
+from lc_spark.training.spec import TrainSpec, curves, finished, note_result, note_state
 from lc_spark.training.start import at_start
 from lc_spark.training.world import LineStream, World, joined
 
@@ -48,8 +47,10 @@ def run_rank(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for spec in parsed:
             try:
                 results.append(_Trainer(spec, world).run())
-            except LcSparkError as error:
-                print(f"rank {os.environ.get('RANK', '0')}: {error}", flush=True)
+            except LcSparkError as error:  # on every rank alike: see RankError
+                print(f"rank {world.rank}: {error}", flush=True)
+                if world.rank == 0:
+                    note_state(spec, str(error))
                 results.append({"error": str(error)})
     return results
 
@@ -89,6 +90,10 @@ class _Trainer:
             self.settings.channels,
             self.settings.batch_norm,
         )
+        # M1 is trained with the rest from the epoch after this one on.
+        self.held_epochs = self.settings.epochs
+        if self.settings.start in HELD_OUT and self.settings.m1 == "frozen":
+            self.held_epochs -= self.settings.joint_epochs
         self.history: list[dict[str, Any]] = []
         self.stage_run = self._stage_run()
 
@@ -102,7 +107,8 @@ class _Trainer:
 
     def _learner(self) -> Learner:
         """Return the network at its start, with its optimisers."""
-        check_memory(self.spec.system, self.count, self.field_map, self.settings, self.world)
+        folds = len(self.spec.held_out_lr)
+        check_memory(self.spec.system, self.count, self.field_map, self.settings, folds, self.world)
         torch.manual_seed(self.spec.seed)  # the same start on every rank
         model, copies = at_start(self.spec, self.settings, self.field_map)
         steps = self.steps * self.settings.epochs
@@ -129,12 +135,13 @@ class _Trainer:
             f"{self.settings.batch_size:,} rows: {self.rows:,} rows seen, "
             f"{self.left_over:,} left over"
         )
+        if self.world.rank == 0:
+            note_state(self.spec)
         self.learner = self._learner()
         first = self._restore() + 1
         for epoch in range(first, self.settings.epochs + 1):
-            if self._stopped_early():
-                break
-            self._epoch(epoch)
+            if not self._stopped_early(epoch):
+                self._epoch(epoch)
         result = self._result()
         if self.world.rank == 0:
             note_result(self.spec, result)
@@ -158,7 +165,7 @@ class _Trainer:
 
     def _epoch(self, epoch: int) -> None:
         """Take every step of an epoch, with a look at the valid split every so often."""
-        if epoch > self.settings.epochs - self.settings.joint_epochs:
+        if epoch > self.held_epochs:
             self.learner.end_copies()
         # By epoch, so that a run that goes on from a checkpoint draws what it would have drawn.
         torch.manual_seed((self.spec.seed * 1_000_003 + epoch * 1_009 + self.world.rank) % 2**63)
@@ -177,7 +184,7 @@ class _Trainer:
         )
         with self._bar(epoch) as bar, contextlib.closing(batches):
             for look, (begin, end) in enumerate(itertools.pairwise([0, *ends]), start=1):
-                if begin == end or self._stopped_early():
+                if begin == end or self._stopped_early(epoch):
                     continue
                 started = time.perf_counter()
                 losses = self._steps(itertools.islice(batches, end - begin), epoch, begin, bar)
@@ -210,7 +217,7 @@ class _Trainer:
         for step, batch in enumerate(batches, start=(epoch - 1) * self.steps + begin):
             losses.append(self.learner.step(batch, step))
             if self.stage_run is not None and step % LOG_EVERY_STEPS == 0:
-                self.stage_run.log_metrics({"train_loss": losses[-1]}, step=step)
+                self._log_metrics({"train_loss": losses[-1]}, step)
             bar.update(self.settings.batch_size * self.world.size)
         return losses
 
@@ -238,15 +245,22 @@ class _Trainer:
 
     def _log(self, entry: dict[str, Any]) -> None:
         """Log the numbers after a part of an epoch; the step counts those parts."""
-        if self.stage_run is None:
-            return
-        self.stage_run.log_metrics(*curves(entry, self.settings.evaluations))
+        if self.stage_run is not None:
+            self._log_metrics(*curves(entry, self.settings.evaluations))
+
+    def _log_metrics(self, numbers: dict[str, float], step: int) -> None:
+        assert self.stage_run is not None, "rank 0 has a run to log to"
+        try:
+            self.stage_run.log_metrics(numbers, step=step)
+        except LcSparkError as error:  # the other ranks know nothing of it
+            raise RankError(str(error)) from error
 
     def _best(self) -> dict[str, Any]:
         return max(self.history, key=lambda e: (e["valid_auc"], -e["epoch"]))
 
-    def _stopped_early(self) -> bool:
-        if not self.history:
+    def _stopped_early(self, epoch: int) -> bool:
+        """Return whether to pass over an epoch; the joint ones at the end are never passed over."""
+        if not self.history or epoch > self.held_epochs:
             return False
         return bool(self.history[-1]["epoch"] - self._best()["epoch"] >= self.settings.patience)
 
@@ -277,7 +291,7 @@ class _Trainer:
             epoch = checkpoint.newest(folder, identity)
         epoch = self.world.from_rank_0(epoch)
         if epoch > 0:
-            if epoch > self.settings.epochs - self.settings.joint_epochs:
+            if epoch > self.held_epochs:
                 self.learner.end_copies()
             tensors, progress = checkpoint.load(folder, epoch, self.world.device)
             self.learner.load_state(tensors)

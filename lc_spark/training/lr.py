@@ -1,7 +1,6 @@
 """Trains LR with Spark MLlib on the shards, and gives its weights readable values."""
 
 import itertools
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lc_spark import metrics
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.shards import first_date, part_files
-from lc_spark.field_map import FieldInfo, FieldMap, require_same
+from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.systems import Training
 from lc_spark.training import models
 
@@ -160,6 +159,11 @@ def fit_path(
 def held_out_parts(config: Config, manifest: dict[str, Any]) -> dict[str, Column]:
     """Return for every LR that some start needs: its folder's name, and the train rows it sees."""
     parts: dict[str, Column] = {}
+    if manifest["folds"] != config.shards.folds:
+        raise LcSparkError(
+            f"shards.folds is {config.shards.folds}, but the shards were written with "
+            f"{manifest['folds']}: run the stage 'features' again."
+        )
     for name in held_out_names(config):
         _, kind, number = name.split("_")
         if kind == "fold":
@@ -197,7 +201,6 @@ def fit_held_out(
     Each fit begins at zero: weights that have seen a row would bring it back in. The AUC of the
     folds is over all their rows together ("lr_cross_fitted"), that of lr_past under its name.
     """
-    _check_parts(train_df, parts)
     unseen: dict[str, DataFrame] = {}
     for name, seen in parts.items():
         fit, model = fit_lr(train_df.where(seen), config, l2)
@@ -209,8 +212,8 @@ def fit_held_out(
     return {name: metrics.exact_auc(df) for name, df in unseen.items()}
 
 
-def _check_parts(train_df: DataFrame, parts: dict[str, Column]) -> None:
-    """Refuse a part, or its rest, that lacks one of the labels."""
+def unfit_parts(train_df: DataFrame, parts: dict[str, Column]) -> dict[str, str]:
+    """Return why, by name, for each part that lacks a label in its rows or in the rest."""
     checked = [
         (name, label, text, rows & (F.col("label") == label))
         for name, seen in parts.items()
@@ -219,12 +222,12 @@ def _check_parts(train_df: DataFrame, parts: dict[str, Column]) -> None:
     ]
     counts = [F.count_if(rows) for *_, rows in checked]
     row = train_df.select(*counts).first() if counts else None
-    for (name, label, text, _), n in zip(checked, row or (), strict=False):
-        if n == 0:
-            raise LcSparkError(
-                f"A start of M1 needs '{name}', but of label {label} no train rows {text}: lower "
-                "shards.folds, change training.days, or take another start."
-            )
+    return {
+        name: f"A start of M1 needs '{name}', but of label {label} no train rows {text}: lower "
+        "shards.folds, change training.days, or take another start."
+        for (name, label, text, _), n in zip(checked, row or (), strict=False)
+        if n == 0
+    }
 
 
 def save_lr(fit: LrFit, config: Config, field_map: FieldMap, name: str = "lr") -> None:
@@ -280,13 +283,3 @@ def field_importance_df(weights_df: DataFrame) -> DataFrame:
 
 def _by_field() -> WindowSpec:
     return Window.partitionBy("field")
-
-
-def read_facts(config: Config, field_map: FieldMap) -> dict[str, Any]:
-    """Return what save_lr noted about the fit; refuses an LR of another field map."""
-    path = config.workspace_path / "models" / "lr" / "model.json"
-    if not path.is_file():
-        raise LcSparkError("There is no LR model: run the stage 'train_lr' first.")
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    require_same(field_map.fingerprint, facts["fingerprint"], "The LR model")
-    return facts

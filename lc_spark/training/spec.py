@@ -11,6 +11,7 @@ from lc_spark.systems import SystemKind
 from lc_spark.training import loader, models
 
 RESULT_FILE = "result.json"
+STATE_FILE = "state.json"  # of a run that has begun and not ended well
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,41 @@ def finished(spec: TrainSpec) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    return dict(content["result"]) if content["identity"] == spec.identity() else None
+    same = content["identity"] == spec.identity() and content["model"] == _model_digest(spec)
+    return dict(content["result"]) if same else None
 
 
 def note_result(spec: TrainSpec, result: dict[str, Any]) -> None:
     """Write the result of a run that has ended well, whole or not at all."""
-    new = Path(spec.output) / f"{RESULT_FILE}.new"
-    content = {"identity": spec.identity(), "result": result}
+    folder = Path(spec.output)
+    content = {"identity": spec.identity(), "model": _model_digest(spec), "result": result}
+    new = folder / f"{RESULT_FILE}.new"
     new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    new.rename(new.with_name(RESULT_FILE))
+    new.rename(folder / RESULT_FILE)
+    (folder / STATE_FILE).unlink()
+
+
+def note_state(spec: TrainSpec, error: str = "") -> None:
+    """Note that a run has begun, or why it cannot be trained; what was there before is void."""
+    folder = Path(spec.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT_FILE).unlink(missing_ok=True)
+    content = {"identity": spec.identity(), "error": error}
+    (folder / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
+
+
+def noted_error(spec: TrainSpec) -> str | None:
+    """Return why a run could not be trained, "" for one that has only begun; None for neither."""
+    path = Path(spec.output) / STATE_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return str(content["error"]) if content["identity"] == spec.identity() else None
+
+
+def _model_digest(spec: TrainSpec) -> str:
+    path = Path(spec.output) / models.MODEL_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def curves(entry: dict[str, Any], looks: int) -> tuple[dict[str, float], int]:

@@ -65,16 +65,18 @@ def at_start(
     if not isinstance(model, LcNetwork) or start == "random":
         return model, None
     final = _lr(spec.lr_model, field_map, start)
-    if start in HELD_OUT:
+    if start == "frozen":
+        copies = Copies([final], final)
+    elif start in HELD_OUT:
         held_out = [_lr(folder, field_map, start) for folder in spec.held_out_lr or (None,)]
         copies = Copies(held_out, final if settings.m1 == "frozen" else None)
-        copies.settle(model.m1.weight)
-    else:
+    if copies is None:
         models.start_from_lr(model, final)
+        return model, None
+    copies.settle(model.m1.weight)
     # With copies to the end, an M1 of one channel is never read.
-    unread = settings.channels == 1 and settings.joint_epochs == 0
-    kept = start == "frozen" or (copies is not None and unread)
-    model.m1.weight.requires_grad_(not kept)
+    to_the_end = start == "frozen" or settings.m1 == "joint" or settings.joint_epochs == 0
+    model.m1.weight.requires_grad_(not (settings.channels == 1 and to_the_end))
     return model, copies
 
 
