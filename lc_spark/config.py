@@ -226,12 +226,10 @@ class Config(Section):
                 raise ValueError(f"'{system.name}': names like this are kept for the LRs of starts")
             self._check_training(system.name, self.training_of(system))
         cells = cells_of(self.systems, self.experiment)
-        names = Counter(cell.system.name.lower() for cell in cells)
-        twice = next((name for name, n in names.items() if n > 1), None)
-        if twice:
-            raise ValueError(
-                f"experiment: two runs are named '{twice}': rename a system or a start"
-            )
+        runs = Counter(cell.system.name.lower() for cell in cells)
+        for name, n in runs.items():
+            if n > 1:
+                raise ValueError(f"experiment: two runs are named '{name}': rename one")
         for cell in cells:
             self._check_training(f"experiment: {cell.line}", self.training_of(cell.system))
         return self

@@ -154,9 +154,9 @@ def _train(spark: SparkSession, full: Config, todo: Sequence[Cell], state: _Stat
     for cell in todo[1:]:
         run_id = state.runs[cell.system.name]
         result = results[cell.system.name] | {"run_id": run_id}
-        error = str(result.get("error", ""))
-        outcomes.append(Outcome(cell, result, error))
-        tracking.end_run(full, run_id, "FAILED" if error else "FINISHED")
+        why = str(result.get("error", ""))
+        outcomes.append(Outcome(cell, result, why))
+        tracking.end_run(full, run_id, "FAILED" if why else "FINISHED")
     return outcomes
 
 
@@ -173,7 +173,8 @@ def _launch_all(spark: SparkSession, specs: dict[str, spec.TrainSpec]) -> dict[s
             made = launch.launch_specs(spark, list(pending.values()))
             return results | dict(zip(pending, made, strict=True))
         except LcSparkError as error:
-            ended = _ended(pending, str(error)) or dict.fromkeys(pending, {"error": str(error)})
+            death = {"error": str(error)}
+            ended = _ended(pending, str(error)) or dict.fromkeys(pending, death)
             failed = [name for name, result in ended.items() if "error" in result]
             log.warning("experiment: %s failed: %s", ", ".join(failed), error)
             results |= ended

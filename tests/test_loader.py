@@ -7,7 +7,7 @@ import pytest
 import torch
 from training_data import CATEGORICAL_MAP, FIELD_MAP, make_rows, write_shards
 
-from lc_spark.errors import LcSparkError
+from lc_spark.errors import LcSparkError, RankError
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.training import loader
 from lc_spark.training.models import to_tensors
@@ -154,7 +154,7 @@ def test_part_files_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> 
 def test_row_groups_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
     manifest = write_shards(tmp_path, CATEGORICAL_MAP, {"valid": (20, 20)})
     manifest["splits"]["valid"]["row_groups"] = [20, 21]
-    with pytest.raises(LcSparkError, match="has 20 rows, the manifest says 21"):
+    with pytest.raises(RankError, match="has 20 rows, the manifest says 21"):
         list(
             loader.evaluation_batches(
                 tmp_path / "shards", manifest, CATEGORICAL_MAP, "valid", 0, 1, 5

@@ -268,7 +268,9 @@ def test_shards_of_another_number_of_folds_are_refused(
     make_config: ConfigMaker, small: tuple[Config, lr.LrFit]
 ) -> None:
     config = held_out_config(make_config, small[0])
-    with pytest.raises(LcSparkError, match="shards.folds is 3, but the shards were written with 5"):
+    with pytest.raises(
+        LcSparkError, match=r"shards\.folds is 3, but the shards were written with 5"
+    ):
         lr.held_out_parts(config, {"folds": 5})
 
 

@@ -114,7 +114,12 @@ def test_frozen_keeps_lr_in_channel_0_and_trains_the_others(folder: Path) -> Non
 
 
 def test_an_early_stop_goes_on_with_the_joint_epochs(folder: Path) -> None:
-    settings = {"epochs": 12, "patience": 1, "learning_rate": 0.3, "schedule": "constant"}
+    settings: dict[str, Any] = {
+        "epochs": 12,
+        "patience": 1,
+        "learning_rate": 0.3,
+        "schedule": "constant",
+    }
     spec = cross_fitted(folder, m1="frozen", joint_epochs=1, evaluations=1, **settings)
     points = [entry["epoch"] for entry in train(spec)["epochs"]]
     assert points[-1] == 12

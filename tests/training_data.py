@@ -99,7 +99,15 @@ def _column(values: NDArray[Any]) -> Any:
 def make_spec(folder: Path, system: str = "lc_dnn", **settings: Any) -> TrainSpec:
     """Return a spec over the shards in folder, with a small network and a random start."""
     training = Training.model_validate(
-        {"hidden": [16, 8], "batch_size": 64, "epochs": 3, "start": "random", **settings}
+        {
+            "hidden": [16, 8],
+            "batch_size": 64,
+            "epochs": 3,
+            "start": "random",
+            "learning_rate": 1e-3,
+            "evaluations": 1,
+            **settings,
+        }
     )
     return TrainSpec(
         name=system,

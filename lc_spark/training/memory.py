@@ -41,8 +41,8 @@ def check_memory(
     lc_dnn = parameter_count("lc_dnn", field_map.d, f, hidden, 1, settings.batch_norm)
     raise LcSparkError(
         f"{system} has {count.total:,} parameters and needs {_gb(needed)} a rank for them, "
-        f"Adam's moments and copies of M1; a rank has {_gb(int(short[:, 1].min()) * 2**20)}. lc_dnn "
-        f"over the same {field_map.d:,} features has {lc_dnn.total:,} and needs "
+        f"Adam's moments and copies of M1; a rank has {_gb(int(short[:, 1].min()) * 2**20)}. "
+        f"lc_dnn over the same {field_map.d:,} features has {lc_dnn.total:,} and needs "
         f"{_gb(lc_dnn.training_bytes)}. Take that, or fewer features, ranks or units in "
         "training.hidden."
     )
