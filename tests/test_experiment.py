@@ -252,7 +252,8 @@ def test_the_tables_of_the_paper_are_there(config: Config, numbers: dict[str, An
     assert table_4["lr"]["auc_gain"].startswith("+0.0000 [+0.0000")
     assert table_4["dnn"]["paper_app"] == 0.8633
     assert list(numbers["curves"]) == STARTS
-    assert len(numbers["curves"]["lr"]["test_auc"]) == 2
+    assert numbers["curves"]["lr"]["epoch"] == [0.5, 1, 1.5, 2]
+    assert len(numbers["curves"]["lr"]["test_auc"]) == 4
     leak = [row["auc"] for row in numbers["lr_leak"]]
     assert leak[0] > leak[-1]  # LR is better on the rows it was fitted on
     assert len(numbers["claims"]) == 3
@@ -292,7 +293,7 @@ def test_mlflow_has_one_parent_with_a_child_a_cell(config: Config) -> None:
     [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert parent.data.tags["kind"] == "experiment"
     assert parent.info.status == "FINISHED"
-    cells = {run.info.run_name: run for run in runs if "seed" in run.data.tags}
+    cells = {run.info.run_name: run for run in runs if "start" in run.data.tags}
     assert set(cells) == {*TRAINED, "broken_seed1", "broken_seed2"}
     assert {run.info.status for name, run in cells.items() if "broken" in name} == {"FAILED"}
     one = cells["lc_dnn_lr_seed1"]
