@@ -60,7 +60,7 @@ def test_the_valid_config_is_read_as_written(tmp_path: Path) -> None:
     made = config_file.load(write(tmp_path, {}))
     assert [field.name for field in made.fields] == ["site", "price", "age", "tags", "site_x_price"]
     assert [system.name for system in made.systems] == ["lr", "lc_dnn_k8"]
-    assert made.training_of(made.systems[0]) == Training()
+    assert made.training_of(made.systems[0]) == Training(start="lr")
     assert made.training_of(made.systems[1]) == Training(channels=8)
     assert made.model_name == "toy"
     assert made.workspace_path.is_absolute()

@@ -112,7 +112,8 @@ def test_the_page_shows_every_system_with_its_numbers(tmp_path: Path) -> None:
 def test_the_winner_is_named_in_words(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert winner(RESULTS) == "lc_dnn"
-    assert re.findall(r'<th scope="row">(\w+)<span class="mark">winner</span>', page) == ["lc_dnn"]
+    marked = r'<th scope="row">(\w+)<span class="mark">lowest log loss</span>'
+    assert re.findall(marked, page) == ["lc_dnn"]
 
 
 def test_no_result_with_a_log_loss_is_said() -> None:

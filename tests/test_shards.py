@@ -67,10 +67,13 @@ def make_rows(n: int) -> pd.DataFrame:
 
 
 def in_spark(spark: SparkSession, raw: pd.DataFrame) -> DataFrame:
-    return spark.createDataFrame(
+    rows_df = spark.createDataFrame(
         [tuple(None if value is pd.NA else value for value in row) for row in raw.values.tolist()],
         SCHEMA,
     ).replace(float("nan"), None)
+    return rows_df.selectExpr(
+        "*", "date_add(DATE'2013-03-01', CAST(pmod(row_id, 5) AS INT)) AS date"
+    )
 
 
 def shards_of(config: Config, split: str) -> list[pd.DataFrame]:
@@ -187,6 +190,7 @@ def test_the_columns_have_the_types_that_the_readers_expect(
             "row_id": "int64",
             "label": "float",
             "fold": "int32",
+            "date": "int32",
             "site": "int32",
             "hour": "int32",
             "price": "float",
@@ -282,8 +286,12 @@ def test_five_rows_a_split_are_enough_and_a_second_writing_replaces_the_first(
 ) -> None:
     by_date = {"by": "date", "valid_from": "2013-01-02", "test_from": "2013-01-03"}
     config = make_config({"split": by_date, "source": {"path": "x", "date": "date"}})
-    few_df = in_spark(spark, raw[:15]).selectExpr(
-        "*", "date_add(DATE'2013-01-01', CAST((row_id + 3000000) / 7919 / 5 AS INT)) AS date"
+    few_df = (
+        in_spark(spark, raw[:15])
+        .drop("date")
+        .selectExpr(
+            "*", "date_add(DATE'2013-01-01', CAST((row_id + 3000000) / 7919 / 5 AS INT)) AS date"
+        )
     )
     write_shards(few_df.unionByName(few_df), FIELD_MAP, VOCABULARY, config, raw_version=0)
     manifest = write_shards(few_df, FIELD_MAP, VOCABULARY, config, raw_version=1)
@@ -322,7 +330,7 @@ def test_an_empty_split_is_an_error_and_leaves_no_manifest(
 ) -> None:
     by_date = {"by": "date", "valid_from": "2013-01-02", "test_from": "2013-01-03"}
     config = make_config({"split": by_date, "source": {"path": "x", "date": "date"}})
-    dated_df = raw_df.selectExpr("*", "DATE'2013-01-01' AS date")
+    dated_df = raw_df.drop("date").selectExpr("*", "DATE'2013-01-01' AS date")
     with pytest.raises(LcSparkError, match="The valid split has no rows: check 'split'"):
         write_shards(dated_df, FIELD_MAP, VOCABULARY, config, raw_version=0)
     with pytest.raises(LcSparkError, match="run the stage 'features' first"):
