@@ -431,7 +431,11 @@ def make_config(folder: Path, training: dict[str, Any]) -> Config:
             "label": "label",
             "split": {"by": "hash"},
             "fields": [{"name": "site", "kind": "categorical"}],
-            "training": {"ranks": 2, "start": "random", **training},
+            # The rest as training_data.make_spec has it.
+            "training": {
+                **{"ranks": 2, "start": "random", "learning_rate": 1e-3, "evaluations": 1},
+                **training,
+            },
             "systems": [{"system": "lc_dnn", "name": "deep"}],
         }
     )
