@@ -8,7 +8,7 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import facts, figures, metrics, report, tables, tracking
+from lc_spark import facts, figures, metrics, registry, report, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.evaluation_report import Evaluated, base_content, parameters_of, run_content
@@ -77,7 +77,7 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
     page = report.write_report(config, content)
     run.log_text(page.read_text(encoding="utf-8"), "report.html")
     numbers = best.metrics.as_floats() | {"valid_logloss": best.valid_logloss}
-    model_version = tracking.register(config, run, make_bundle(config, best.system), numbers)
+    model_version = registry.register(config, run, make_bundle(config, best.system), numbers)
     model_uri = f"models:/{config.model_name}/{model_version}"
     return {
         "results": results,

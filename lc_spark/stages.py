@@ -14,7 +14,7 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import evaluate, figures, ingest, metrics, score, tables, tracking
+from lc_spark import evaluate, figures, ingest, metrics, registry, score, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import history
@@ -239,8 +239,8 @@ def score_stage(
     """Rows of raw (of a date, or all) and the champion -> Delta scores."""
     with tracking.stage(config, parent, "score") as run:
         model_uri = f"models:/{config.model_name}@champion"
-        model_version = tracking.version_of(config, model_uri)
-        bundle = tracking.download(config, model_version)
+        model_version = registry.version_of(config, model_uri)
+        bundle = registry.download(config, model_version)
         raw_df = tables.read(spark, config, "raw")
         condition = None if date is None else tables.date_condition("date", date)
         rows_df = raw_df if condition is None else raw_df.where(condition)

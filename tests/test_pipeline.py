@@ -14,7 +14,7 @@ import yaml
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import config_file, datasets, score, tables, tracking
+from lc_spark import config_file, datasets, registry, score, tables, tracking
 from lc_spark.config import Config
 from lc_spark.ingest import split_column
 from lc_spark.training.scorer import Scorer
@@ -158,7 +158,7 @@ def tracking_experiment(config: Config) -> str:
 def test_unseen_values_and_missing_columns_score_alike_in_spark_and_without(
     spark: SparkSession, config: Config
 ) -> None:
-    bundle = tracking.download(config, f"models:/{config.model_name}@champion")
+    bundle = registry.download(config, f"models:/{config.model_name}@champion")
     raw_df = tables.read(spark, config, "raw").orderBy("row_id").limit(500)
     strange_df = raw_df.withColumns(
         {

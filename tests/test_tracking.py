@@ -20,7 +20,7 @@ import requests
 import torch
 from mlflow.entities import Run
 
-from lc_spark import figures, tracking
+from lc_spark import figures, registry, tracking
 from lc_spark.config import Config
 from lc_spark.encoder import Vocabulary, hash_text
 from lc_spark.errors import LcSparkError
@@ -281,7 +281,7 @@ def test_a_store_that_is_no_database_is_said(tmp_path: Path) -> None:
 def register(config: Config, folder: Path, logloss: float) -> str:
     parent = tracking.start_pipeline(config, {})
     with tracking.stage(config, parent, "evaluate") as run:
-        return tracking.register(config, run, folder, {"logloss": logloss, "auc": 0.75})
+        return registry.register(config, run, folder, {"logloss": logloss, "auc": 0.75})
 
 
 def aliases_of(config: Config) -> dict[str, str]:
@@ -361,16 +361,16 @@ def test_the_model_shows_its_columns_and_types(tmp_path: Path) -> None:
 def test_download_returns_the_bundle_and_fetches_it_once(config: Config, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "lr")
     register(config, bundle, 0.5)
-    folder = tracking.download(config, f"models:/{config.model_name}@champion")
+    folder = registry.download(config, f"models:/{config.model_name}@champion")
     assert folder.is_relative_to(config.workspace_path)
     for path in bundle.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     (folder / "mark").touch()
-    assert tracking.download(config, f"models:/{config.model_name}/1") == folder
+    assert registry.download(config, f"models:/{config.model_name}/1") == folder
     assert (folder / "mark").exists()
     for wrong in ("@nobody", "/99", "", "x@champion"):
         with pytest.raises(LcSparkError, match="There is no registered model"):
-            tracking.download(config, f"models:/{config.model_name}{wrong}")
+            registry.download(config, f"models:/{config.model_name}{wrong}")
 
 
 def model_folder(tmp_path: Path) -> Path:
