@@ -29,22 +29,24 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="the YAML of one da
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override a setting, as training.epochs=3")
 ]
+Why = Annotated[str, typer.Option("--why", help="the reason, kept in the version's tags")]
 Day = Annotated[
     datetime.datetime | None,
-    typer.Option("--date", formats=["%Y-%m-%d"], help="the one day to work on; default: all"),
+    typer.Option("--date", formats=["%Y-%m-%d"], help="the day of the run; default: all days"),
 ]
 
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> None:
     """Run all stages: ingest, features, LR, LC systems, evaluation, report."""
-    from lc_spark import pipeline, report, session
+    from lc_spark import pipeline, process, report, session
 
-    settings = config_file.load(config, overrides)
+    settings = config_file.load(config, overrides).for_day(date and date.date())
     spark = session.start(settings)
-    for stage in pipeline.RUN_STAGES:
-        facts = pipeline.run_stage(stage, spark, settings, date.date() if date else None)
+    with process.only_one(settings):
+        made = {s: pipeline.run_stage(s, spark, settings) for s in pipeline.RUN_STAGES}
     spark.stop()
+    facts = made["evaluate"]
     wide_console.print(report.result_table(facts["results"], facts["best"]))
     console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"Model       {facts['registered']}", soft_wrap=True)
@@ -89,14 +91,14 @@ def init(
     name: Annotated[str | None, typer.Option(help="default: by the name of the table")] = None,
 ) -> None:
     """Look at a table of raw rows and write a config for it."""
-    from lc_spark import config, session, sources
+    from lc_spark import config, session, source_settings, sources
     from lc_spark.init import config_text, profile, propose
 
     name = config_text.config_name(name or table)
     file_format = file_format or config_text.guess_format(table)
     path = config_text.output_path(output, name)
     spark = session.start_for(name, config.Spark())
-    files = config.Files(format=file_format)
+    files = source_settings.Files(format=file_format)
     rows_df = sources.read_files(spark, files, table.replace("{date}", "*"), "TABLE")
     found = profile.profile(rows_df, label)
     spark.stop()
@@ -119,6 +121,35 @@ def ui(config: ConfigPath, port: int = 5000, overrides: Overrides = None) -> Non
 
 
 @app.command()
+def champion(config: ConfigPath, overrides: Overrides = None) -> None:
+    """List the versions of the registered model: which is champion, since when and why."""
+    from lc_spark import registry, report
+
+    settings = config_file.load(config, overrides)
+    wide_console.print(report.versions_table(settings.model_name, registry.versions(settings)))
+
+
+@app.command()
+def promote(config: ConfigPath, version: str, why: Why, overrides: Overrides = None) -> None:
+    """Make a version the champion by hand, without the gate."""
+    from lc_spark import registry
+
+    settings = config_file.load(config, overrides)
+    registry.promote(settings, version, f"by hand: {why}")
+    console.print(f"Champion    models:/{settings.model_name}/{version}")
+
+
+@app.command()
+def rollback(config: ConfigPath, why: Why, overrides: Overrides = None) -> None:
+    """Give the alias champion back to the version that had it before."""
+    from lc_spark import registry
+
+    settings = config_file.load(config, overrides)
+    old, new = registry.rollback(settings, why)
+    console.print(f"Champion    models:/{settings.model_name}/{new}, again; it was {old}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the config, for editors."""
     typer.echo(json.dumps(config_file.schema(), indent=1))
@@ -128,11 +159,13 @@ def job(stage: str) -> None:
     """Run one stage as a spark-submit entry point: ``--config F [--date D] [--set k=v]``."""
 
     def stage_command(config: ConfigOption, date: Day = None, overrides: Overrides = None) -> None:
-        from lc_spark import pipeline, session
+        from lc_spark import pipeline, process, session
 
-        settings = config_file.load(config, overrides)
+        settings = config_file.load(config, overrides).for_day(date and date.date())
+        process.end_with_parent()
         spark = session.start(settings)
-        pipeline.run_stage(stage, spark, settings, date.date() if date else None)
+        with process.only_one(settings):
+            pipeline.run_stage(stage, spark, settings)
         spark.stop()
 
     _main(lambda: typer.run(stage_command))

@@ -8,11 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from lc_spark.cells import cells_of
-from lc_spark.errors import nearest
+from lc_spark.errors import LcSparkError, nearest
 from lc_spark.field_kinds import AnyField, Crossed, Fraction, Name, PositiveInt, Section
+from lc_spark.files import AnyPath, as_path
+from lc_spark.source_settings import Source
 from lc_spark.systems import FIXED, Experiment, Lr, System, Training
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -21,77 +23,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 RESERVED_NAMES = ("label", "row_id", "fold", "split", "part", "date")
 
 
-class Files(Section):
-    """How files are read."""
-
-    format: Literal["parquet", "csv", "json", "delta"] = "parquet"
-    delimiter: str = Field(",", min_length=1, description="csv: what is between two columns")
-    quote: str = Field(
-        '"', max_length=1, description="csv: around a text; '' where it is a letter as any other"
-    )
-    columns: tuple[str, ...] = Field(
-        (), description="csv: names of all columns, where the files have no header line"
-    )
-
-    @model_validator(mode="after")
-    def _csv_alone(self) -> Self:
-        if self.format != "csv":
-            for key in ("delimiter", "quote", "columns"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(f"'{key}' goes with 'format: csv', and only with it")
-        twice = [name for name, n in Counter(map(str.lower, self.columns)).items() if n > 1]
-        if twice:
-            raise ValueError(f"'columns' names '{twice[0]}' twice")
-        return self
-
-
-class Joined(Files):
-    """A table whose columns each row of the source gets; a row without a match gets nulls."""
-
-    path: str
-    keys: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="columns that both have, and that occur once in this table"
-    )
-
-
-class Source(Files):
-    """Where raw rows come from and which of them are usable."""
-
-    path: str | None = Field(
-        None, description="file or folder; {date} in it stands for the day of the run"
-    )
-    dataset: Literal["flights", "synthetic"] | None = Field(
-        None, description="a data set that lc_spark makes itself"
-    )
-    join: dict[str, Joined] = Field({}, description="name -> a table joined to the rows")
-    date: str | None = Field(None, description="column or SQL expression of the row's day")
-    row_id: tuple[str, ...] = Field(
-        (), description="columns that identify a row; default: all columns"
-    )
-    types: dict[str, str] = Field(
-        {}, description="SQL types of columns that are no numeric field (CSV reads strings)"
-    )
-    derive: dict[Name, str] = Field(
-        {},
-        description="new column -> SQL expression of the others. It is a column of raw like any "
-        "other: who calls the registered model gives it too",
-    )
-    reject: dict[str, str] = Field({}, description="reason -> SQL condition of rows to set aside")
-    max_rejected: Fraction = Field(0.05, description="more rejected rows than this fail the job")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.path is None) == (self.dataset is None):
-            raise ValueError("give either 'path' or 'dataset'")
-        if "{date}" in (self.path or "") and self.date is None:
-            raise ValueError("{date} in 'path' needs 'date', the day that a row itself names")
-        return self
-
-
-class SplitByHash(Section):
+class HashShares(Section):
     """Rows to splits by a seeded hash of the row id."""
 
-    by: Literal["hash"]
     valid: Share = 0.1
     test: Share = 0.2
 
@@ -100,6 +34,12 @@ class SplitByHash(Section):
         if self.valid + self.test >= 1:
             raise ValueError("valid + test must stay below 1, or no row is left to train on")
         return self
+
+
+class SplitByHash(HashShares):
+    """Every row of the source to a split by its hash."""
+
+    by: Literal["hash"]
 
 
 class SplitByDate(Section):
@@ -116,7 +56,22 @@ class SplitByDate(Section):
         return self
 
 
-SPLITS: dict[str, type[Section]] = {"hash": SplitByHash, "date": SplitByDate}
+class SplitByWindow(HashShares):
+    """The rows of the run's day and of those before it to splits by their hash.
+
+    A row stays in its split from day to day: no model has trained on what an earlier or a later one
+    is tested on, so the two can be compared there.
+    """
+
+    by: Literal["window"]
+    days: PositiveInt = Field(28, description="days that a run sees, its own the last")
+
+
+SPLITS: dict[str, type[Section]] = {
+    "hash": SplitByHash,
+    "date": SplitByDate,
+    "window": SplitByWindow,
+}
 
 
 class Shards(Section):
@@ -124,6 +79,33 @@ class Shards(Section):
 
     rows_per_group: PositiveInt = 32_768
     folds: Annotated[int, Field(ge=2, le=1000)] = 5
+
+
+class Refresh(Section):
+    """What a day's run takes over from the run whose model is the champion; for split by window.
+
+    scratch: nothing. append: the field map grows, an index once given stays; LR and the networks go
+    on from that run's weights.
+    """
+
+    mode: Literal["scratch", "append"] = "scratch"
+    train_on: Literal["window", "new_days"] = Field(
+        "window", description="append: all days of the window, or those since that run"
+    )
+    epochs: PositiveInt = Field(1, description="append: epochs of a network that goes on")
+    expire_days: PositiveInt | None = Field(
+        None, description="scratch: a value not seen for so many days leaves the vocabulary"
+    )
+
+
+class Gate(Section):
+    """By how much a new model may be worse than the champion, on the same rows, and replace it."""
+
+    auc: Fraction = Field(0.002, description="lower AUC")
+    logloss: Fraction = Field(0.002, description="higher log loss")
+    calibration: Fraction = Field(0.05, description="further from 1, predicted over observed")
+    min_rows: PositiveInt = Field(1000, description="test rows, or nothing is decided")
+    min_positives: PositiveInt = Field(100, description="positives among them")
 
 
 class Features(Section):
@@ -166,28 +148,35 @@ class Config(Section):
     """Everything that one data set's pipeline needs."""
 
     name: Name
-    workspace: str
+    workspace: str = Field(
+        description="folder, or URI such as s3a://bucket/folder, that driver and executors share"
+    )
     seed: int = 0
+    day: datetime.date | None = Field(None, description="the day of the run; --date sets it")
     source: Source
     label: str = Field(description="column or SQL expression: 0/1 or true/false")
-    split: Annotated[SplitByHash | SplitByDate, Field(discriminator="by")]
+    split: Annotated[SplitByHash | SplitByDate | SplitByWindow, Field(discriminator="by")]
     fields: Annotated[tuple[AnyField, ...], Field(min_length=1)]
     features: Features = Features()
+    refresh: Refresh = Refresh()
     shards: Shards = Shards()
     lr: Lr = Lr()
     training: Training = Training()
     systems: Annotated[tuple[System, ...], Field(min_length=1)]
     experiment: Experiment = Experiment()
     evaluation: Evaluation = Evaluation()
+    gate: Gate = Gate()
     tracking: Tracking = Tracking()
     spark: Spark = Spark()
 
-    @field_validator("workspace")
-    @classmethod
-    def _local_workspace(cls, value: str) -> str:
-        if "://" in value:
-            raise ValueError("must be a folder path that driver and executors share, not a URI")
-        return value
+    @model_validator(mode="after")
+    def _runs_have_a_store(self) -> Self:
+        if not isinstance(self.workspace_path, Path) and not self.tracking.uri:
+            raise ValueError(
+                f"the workspace {self.workspace} is no local folder, where MLflow could keep its "
+                "SQLite store: set tracking.uri to an MLflow server"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
@@ -217,8 +206,10 @@ class Config(Section):
                 "features.crosses: auto needs two categorical or bucketed fields at least, 'fields'"
                 f" has {len(self._crossable)}: add fields, or leave it at 'listed'"
             )
-        if self.split.by == "date" and self.source.date is None:
-            raise ValueError("split by date needs source.date")
+        if self.split.by in ("date", "window") and self.source.date is None:
+            raise ValueError(f"split by {self.split.by} needs source.date")
+        if self.refresh != Refresh() and self.split.by != "window":
+            raise ValueError("'refresh' is for runs by the day: set 'split: {by: window, ...}'")
         for system in self.systems:
             if system.name.lower() == "lr" and system.system != "lr":
                 raise ValueError(f"the name 'lr' is kept for LR itself, not for a {system.system}")
@@ -271,9 +262,22 @@ class Config(Section):
         return max(self.training_of(system).ranks for system in self.systems)
 
     @property
-    def workspace_path(self) -> Path:
-        """The workspace as an absolute path."""
-        return Path(self.workspace).resolve()
+    def workspace_path(self) -> AnyPath:
+        """The workspace: an absolute path, or a UPath for a URI."""
+        return as_path(self.workspace)
+
+    @property
+    def run_path(self) -> AnyPath:
+        """Where the files of a run lie: in the workspace, or in its folder of the run's day."""
+        if self.split.by != "window":
+            return self.workspace_path
+        if self.day is None:
+            raise LcSparkError("A split by window is of one day's run: give --date.")
+        return self.workspace_path / "days" / self.day.isoformat()
+
+    def for_day(self, day: datetime.date | None) -> Self:
+        """Return the config of a run for a day; None leaves it as it is."""
+        return self if day is None else self.model_copy(update={"day": day})
 
     @property
     def model_name(self) -> str:

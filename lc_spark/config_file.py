@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lc_spark.config import SPLITS, Config, Joined
+from lc_spark.config import SPLITS, Config
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.field_kinds import KINDS
+from lc_spark.source_settings import Joined
 from lc_spark.systems import System, Training, Variant
 
 

@@ -6,11 +6,13 @@ the plane, the destination, and the weather observed at the origin one hour befo
 departure. The click log is made up: lc_spark/synthetic.py.
 """
 
-from pathlib import Path
+import io
 
 import pandas as pd
 
+from lc_spark import files
 from lc_spark.errors import LcSparkError
+from lc_spark.files import AnyPath
 from lc_spark.synthetic import synthetic
 
 WEATHER = ("temp", "dewp", "humid", "wind_dir", "wind_speed", "precip", "pressure", "visib")
@@ -54,12 +56,11 @@ def flights() -> pd.DataFrame:
     return joined.drop(columns=[*late, "year", "time_hour", "hour_of_departure"])
 
 
-def materialize(dataset: str, folder: Path) -> Path:
+def materialize(dataset: str, folder: AnyPath) -> AnyPath:
     """Write a data set as ``folder/<dataset>.parquet`` unless it is there; return the file."""
     path = folder / f"{dataset}.parquet"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        {"flights": flights, "synthetic": synthetic}[dataset]().to_parquet(unfinished, index=False)
-        unfinished.rename(path)
+        content = io.BytesIO()
+        {"flights": flights, "synthetic": synthetic}[dataset]().to_parquet(content, index=False)
+        files.write_whole(path, content.getvalue())
     return path

@@ -6,6 +6,7 @@ call it. It needs neither Spark nor torch.
 
 import datetime
 import hashlib
+import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from lc_spark import files
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import MISSING, OUT_OF_VOCABULARY, PADDING, FieldInfo, FieldMap
+from lc_spark.files import AnyPath
 
 SPARK_HASH_SEED = 42  # of Spark's xxhash64; the same bytes give the same hash on both sides
 
@@ -54,6 +58,18 @@ class Vocabulary:
                 "index": np.concatenate([part[1] for part in parts]),
             }
         )
+
+    @classmethod
+    def read(cls, path: AnyPath) -> "Vocabulary":
+        """Read the vocabulary from a file."""
+        with path.open("rb") as file:
+            return cls.from_arrow(pq.read_table(file))
+
+    def write(self, path: AnyPath) -> None:
+        """Write the vocabulary to a file."""
+        content = io.BytesIO()
+        pq.write_table(self.to_arrow(), content)
+        files.write_whole(path, content.getvalue())
 
     def digest(self, name: str) -> str:
         """Return hex digits that change with any entry of a field's vocabulary."""

@@ -1,6 +1,6 @@
 """Scores every system on the same test rows; writes tables, figures, report; registers the best."""
 
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import facts, figures, metrics, registry, report, tables, tracking
+from lc_spark import facts, figures, files, metrics, registry, report, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.evaluation_report import Evaluated, base_content, parameters_of, run_content
@@ -44,7 +44,7 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
 
     The system with the lowest validation log loss is registered: test rows choose nothing.
     """
-    field_map = FieldMap.read(config.workspace_path / "field_map.json")
+    field_map = FieldMap.read(config.run_path / "field_map.json")
     done = {name: facts.read(config, name) for name in EARLIER_STAGES}
     test_df = all_scores_df(spark, config, field_map, "test")
     version = tables.write(test_df, config, "test_scores", ("system",))
@@ -77,7 +77,9 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
     page = report.write_report(config, content)
     run.log_text(page.read_text(encoding="utf-8"), "report.html")
     numbers = best.metrics.as_floats() | {"valid_logloss": best.valid_logloss}
-    model_version = registry.register(config, run, make_bundle(config, best.system), numbers)
+    with tempfile.TemporaryDirectory() as bundle:
+        make_bundle(config, best.system, Path(bundle))
+        model_version = registry.register(config, run, Path(bundle), best.system.name, numbers)
     model_uri = f"models:/{config.model_name}/{model_version}"
     return {
         "results": results,
@@ -98,8 +100,7 @@ def all_scores_df(
     wanted["truth"] = (config.evaluation.truth, "double")
     named = {key: pair for key, pair in wanted.items() if pair[0] is not None}
     folders = {
-        system.name: config.workspace_path / "models" / model_folder(system)
-        for system in config.systems
+        system.name: config.run_path / "models" / model_folder(system) for system in config.systems
     }
     scores_df = shard_scores_df(spark, config, field_map, folders, split)
     if not named:
@@ -188,17 +189,13 @@ def _write_evaluation(
     return tables.write(spark.createDataFrame(rows, schema), config, "evaluation")
 
 
-def make_bundle(config: Config, system: System) -> Path:
-    """Put a system's model, the field map and the vocabulary into one folder, ready to register."""
-    source = config.workspace_path
-    bundle = source / "bundle"
-    shutil.rmtree(bundle, ignore_errors=True)
-    bundle.mkdir()
+def make_bundle(config: Config, system: System, bundle: Path) -> None:
+    """Put a system's model, the field map and the vocabulary into a folder, ready to register."""
+    source = config.run_path
     for path in (
         source / "models" / model_folder(system) / models.MODEL_FILE,
         source / "models" / model_folder(system) / models.DESCRIPTION_FILE,
         source / "field_map.json",
         source / "vocabulary.parquet",
     ):
-        shutil.copy2(path, bundle)
-    return bundle
+        files.copy(path, bundle / path.name)

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import rich.box
@@ -17,6 +16,7 @@ from lc_spark import (
     evaluate,
     experiment_report,
     facts,
+    files,
     metrics,
     pipeline,
     stages,
@@ -30,6 +30,7 @@ from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import parameters_of
 from lc_spark.facts import Facts
 from lc_spark.field_map import FieldMap
+from lc_spark.files import AnyPath
 from lc_spark.tracking import StageRun
 from lc_spark.training import launch, spec
 
@@ -53,7 +54,7 @@ def plan(config: Config) -> rich.table.Table:
     """Return what run_experiment would train, with parameters where the features are known."""
     todo = cells(config)
     full = expanded(config, todo)
-    path = config.workspace_path / "field_map.json"
+    path = config.run_path / "field_map.json"
     field_map = FieldMap.read(path) if path.is_file() else None
     table = rich.table.Table(title=f"{len(todo)} runs", box=rich.box.SIMPLE_HEAD)
     for heading in ("system, start", "runs", "parameters", "GB a rank"):
@@ -72,14 +73,14 @@ def plan(config: Config) -> rich.table.Table:
 class _State:
     """What a killed experiment goes on from: its MLflow runs, kept until it has ended."""
 
-    path: Path
+    path: AnyPath
     digest: str
     parent: str = ""
     runs: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: Config) -> "_State":
-        state = cls(config.workspace_path / "experiment.json", config.digest())
+        state = cls(config.run_path / "experiment.json", config.digest())
         if state.path.is_file():
             content = json.loads(state.path.read_text(encoding="utf-8"))
             if content["digest"] == state.digest:
@@ -91,9 +92,8 @@ class _State:
         return state
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"digest": self.digest, "parent": self.parent, "runs": self.runs}
-        self.path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        files.write_text(self.path, json.dumps(content, indent=1))
 
 
 def run_experiment(spark: SparkSession, config: Config) -> Facts:

@@ -1,10 +1,11 @@
-"""What each stage noted when it last ran: ``workspace/stages/<name>.json``."""
+"""What each stage noted when it last ran: ``stages/<name>.json`` in the run's folder."""
 
 import hashlib
 import json
 from typing import Any
 
 import lc_spark
+from lc_spark import files
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.systems import HELD_OUT
@@ -18,20 +19,20 @@ DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "train_lr": ("lr",),
     "train_lc": ("training", "systems"),
     "evaluate": ("evaluation",),
+    "gate": ("gate",),
+    "promote": (),
 }
 
 
 def write(config: Config, stage: str, facts: Facts) -> None:
     """Note the facts of a stage."""
-    folder = config.workspace_path / "stages"
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts, indent=1, default=str)
-    (folder / f"{stage}.json").write_text(text, encoding="utf-8")
+    files.write_text(config.run_path / "stages" / f"{stage}.json", text)
 
 
 def exists(config: Config, stage: str) -> bool:
     """Return whether the stage has run."""
-    return (config.workspace_path / "stages" / f"{stage}.json").is_file()
+    return (config.run_path / "stages" / f"{stage}.json").is_file()
 
 
 def forget(config: Config, stage: str) -> None:
@@ -39,14 +40,14 @@ def forget(config: Config, stage: str) -> None:
     order = list(DEPENDS_ON)
     later = order[order.index(stage) :] if stage in order else [stage]
     for name in later:
-        (config.workspace_path / "stages" / f"{name}.json").unlink(missing_ok=True)
+        (config.run_path / "stages" / f"{name}.json").unlink(missing_ok=True)
 
 
 def read(config: Config, stage: str) -> Facts:
     """Return the facts of a stage; raises LcSparkError when it has not run."""
-    path = config.workspace_path / "stages" / f"{stage}.json"
+    path = config.run_path / "stages" / f"{stage}.json"
     if not path.is_file():
-        raise LcSparkError(f"The stage '{stage}' has not run in {config.workspace}: run it first.")
+        raise LcSparkError(f"The stage '{stage}' has not run in {config.run_path}: run it first.")
     facts: Facts = json.loads(path.read_text(encoding="utf-8"))
     return facts
 

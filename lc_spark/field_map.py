@@ -8,10 +8,11 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self
 
+from lc_spark import files
 from lc_spark.errors import LcSparkError
+from lc_spark.files import AnyPath
 
 MISSING = 0  # index of a missing value in every field
 OUT_OF_VOCABULARY = 1  # index of rare and unseen values in fields with a vocabulary
@@ -102,13 +103,12 @@ class FieldMap:
         content = json.loads(text)
         return cls(tuple(_info(entry) for entry in content["fields"]), content["fingerprint"])
 
-    def write(self, path: Path) -> None:
+    def write(self, path: AnyPath) -> None:
         """Write the map to a file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
+        files.write_text(path, self.to_json())
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def read(cls, path: AnyPath) -> Self:
         """Read the map from a file."""
         if not path.is_file():
             raise LcSparkError(f"There is no field map at {path}: run the features stage first.")

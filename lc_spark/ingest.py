@@ -241,6 +241,22 @@ def _check_share(config: Config, rows: int, n_rejected: int, rejected: dict[str,
         )
 
 
+def rows_of_run(raw_df: DataFrame, config: Config) -> DataFrame:
+    """Return the rows of ``raw`` that a run sees: with a split by window those of its days."""
+    if config.split.by != "window":
+        return raw_df
+    last = run_day(config)
+    first = last - datetime.timedelta(days=config.split.days - 1)
+    return raw_df.where(F.col("date").between(F.lit(first), F.lit(last)))
+
+
+def run_day(config: Config) -> datetime.date:
+    """Return the day of the run; raises LcSparkError where there is none."""
+    if config.day is None:
+        raise LcSparkError("A split by window is of one day's run: give --date.")
+    return config.day
+
+
 def split_column(config: Config) -> Column:
     """Return train, valid or test for a row of ``raw``, by the config's split."""
     split = config.split

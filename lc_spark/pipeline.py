@@ -3,46 +3,39 @@
 A stage notes its facts in ``workspace/stages`` and logs in one line what it made.
 """
 
-import datetime
 import logging
 import time
 
 from pyspark.sql import SparkSession
 
-from lc_spark import facts, tracking
+from lc_spark import facts, files, tracking
 from lc_spark.config import Config
 from lc_spark.facts import Facts
 from lc_spark.stages import STAGES
 
 log = logging.getLogger("lc_spark")
 
-RUN_STAGES = ("ingest", "features", "train_lr", "train_lc", "evaluate")
+RUN_STAGES = ("ingest", "features", "train_lr", "train_lc", "evaluate", "gate", "promote")
 
 
-def run_stage(
-    name: str,
-    spark: SparkSession,
-    config: Config,
-    date: datetime.date | None = None,
-    parent: str | None = None,
-) -> Facts:
+def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None = None) -> Facts:
     """Run one stage, note its facts and seconds in ``stages/<name>.json``, and return them.
 
     parent is the MLflow run that the stage's run goes under: by default that of the pipeline.
     """
     under = parent or _parent_run(config, new=name == "ingest")
     facts.forget(config, name)
-    log.info("%s: started", name)
+    log.info("%s: started; MLflow run %s", name, tracking.address_of(config, under))
     started = time.perf_counter()
     try:
-        made = STAGES[name](spark, config, under, date)
+        made = STAGES[name](spark, config, under)
     except BaseException:
         tracking.end_run(config, under, "FAILED")
         raise
     made["seconds"] = round(time.perf_counter() - started, 1)
     made["settings"] = facts.settings_digest(config, name)
     facts.write(config, name, made)
-    if name == "evaluate":
+    if name == RUN_STAGES[-1]:
         tracking.end_run(config, under, "FINISHED")
     log.info("%s: %s (%.0f s)", name, made.pop("summary"), made["seconds"])
     return made
@@ -50,11 +43,11 @@ def run_stage(
 
 def _parent_run(config: Config, new: bool) -> str:
     """Return the pipeline's MLflow run: ingest begins a new one, later stages go on with it."""
-    path = config.workspace_path / "run_id"
+    path = config.run_path / "run_id"
     if new or not path.is_file():
-        run_id = tracking.start_pipeline(config, {"config": config.name})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(run_id, encoding="utf-8")
+        day = {} if config.day is None else {"day": config.day.isoformat()}
+        run_id = tracking.start_pipeline(config, {"config": config.name, **day})
+        files.write_text(path, run_id)
     return path.read_text(encoding="utf-8")
 
 
@@ -68,4 +61,4 @@ def ensure_stage(name: str, spark: SparkSession, config: Config, parent: str) ->
         if noted == facts.settings_digest(config, name):
             log.info("%s: done before with the same settings", name)
             return
-    run_stage(name, spark, config, None, parent)
+    run_stage(name, spark, config, parent)

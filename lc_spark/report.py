@@ -4,19 +4,23 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import rich.table
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich import box
+from rich.text import Text
 
-from lc_spark import figures
+from lc_spark import figures, files
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
+from lc_spark.files import AnyPath
 from lc_spark.paper import Table
+
+if TYPE_CHECKING:
+    from lc_spark.registry import Version
 
 Numbers = Sequence[float]
 
@@ -90,13 +94,34 @@ def winner(results: Sequence[Mapping[str, Any]]) -> str:
     return str(min(known, key=lambda result: result["logloss"])["system"])
 
 
-def write_report(config: Config, content: ReportContent) -> Path:
-    """Write report/index.html and report/results.json in the workspace; return the page's path.
+def versions_table(name: str, versions: Sequence["Version"]) -> rich.table.Table:
+    """Return the versions of a registered model as a table for the terminal."""
+    table = rich.table.Table(title=f"{name}: {len(versions)} versions", box=box.SIMPLE_HEAD)
+    for heading in ("version", "alias", "day", "system", "gate", "promoted", "why"):
+        table.add_column(heading)
+    for each in versions:
+        tags = each.tags
+        back = tags.get("rolled_back_at")
+        promoted = f"{tags.get('promoted_at', '')} {tags.get('promoted_by', '')}".strip()
+        why = f"rolled back: {tags['rolled_back_why']}" if back else tags.get("promoted_why")
+        table.add_row(
+            each.version,
+            ", ".join(each.aliases),
+            tags.get("day", ""),
+            tags.get("system", ""),
+            tags.get("gate", ""),
+            promoted,
+            Text(why or tags.get("gate_says", "")),
+        )
+    return table
+
+
+def write_report(config: Config, content: ReportContent) -> AnyPath:
+    """Write report/index.html and report/results.json in the run's folder; return the page's path.
 
     The page is one file that loads nothing else. A number that is not defined is null in the JSON.
     """
-    folder = config.workspace_path / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = config.run_path / "report"
     numbers = {
         "results": content.results,
         "best_reachable": content.best,
@@ -105,9 +130,9 @@ def write_report(config: Config, content: ReportContent) -> Path:
         **content.data,
     }
     text = json.dumps(_defined(numbers), indent=1, allow_nan=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    files.write_text(folder / "results.json", text + "\n")
     page = folder / "index.html"
-    page.write_text(_html(config, content), encoding="utf-8")
+    files.write_text(page, _html(config, content))
     return page
 
 

@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame, SparkSession
 from lc_spark.config import Config
 from lc_spark.features.prepare import prepared_column
 from lc_spark.field_map import FieldMap, require_same
+from lc_spark.files import AnyPath
 from lc_spark.training import models
 from lc_spark.training.lr import read_shards
 from lc_spark.training.scorer import Scorer, encoded_columns, score_ids
@@ -25,7 +26,7 @@ def shard_scores_df(
     spark: SparkSession,
     config: Config,
     field_map: FieldMap,
-    folders: Mapping[str, Path],
+    folders: Mapping[str, AnyPath],
     split: str,
 ) -> DataFrame:
     """Return (system, row_id long, label float, score double) of every row of a split's shards.
@@ -43,7 +44,7 @@ def shard_scores_df(
     return functools.reduce(DataFrame.unionByName, parts)
 
 
-def _batches_of_models(folders: Mapping[str, Path]) -> list[list[str]]:
+def _batches_of_models(folders: Mapping[str, AnyPath]) -> list[list[str]]:
     batches: list[list[str]] = [[]]
     held = 0
     for name, folder in folders.items():
@@ -57,7 +58,9 @@ def _batches_of_models(folders: Mapping[str, Path]) -> list[list[str]]:
     return batches
 
 
-def _scored_df(shards_df: DataFrame, field_map: FieldMap, folders: Mapping[str, Path]) -> DataFrame:
+def _scored_df(
+    shards_df: DataFrame, field_map: FieldMap, folders: Mapping[str, AnyPath]
+) -> DataFrame:
     networks = {}
     for name, folder in folders.items():
         networks[name], description = models.load(folder)
@@ -78,11 +81,12 @@ def _scored_df(shards_df: DataFrame, field_map: FieldMap, folders: Mapping[str, 
     return shards_df.mapInArrow(score, "system string, row_id long, label float, score double")
 
 
-def raw_scores_df(raw_df: DataFrame, bundle: Path) -> DataFrame:
-    """Return (row_id long, date, score double) of raw rows, scored by a bundle."""
+def raw_scores_df(
+    raw_df: DataFrame, bundle: Path, keep: tuple[str, ...] = ("row_id", "date")
+) -> DataFrame:
+    """Return the columns to keep and the score (double) of raw rows, scored by a bundle."""
     scorer = Scorer(bundle)
     shared = raw_df.sparkSession.sparkContext.broadcast(scorer)
-    keep = ["row_id", "date"]
 
     def score(batches: Batches) -> Batches:
         torch.set_num_threads(1)
@@ -93,5 +97,7 @@ def raw_scores_df(raw_df: DataFrame, bundle: Path) -> DataFrame:
             arrays = [*(columns[name] for name in keep), scores]
             yield pa.RecordBatch.from_arrays(arrays, names=[*keep, "score"])
 
+    kept = raw_df.select(*keep).schema.fields
+    schema = ", ".join([*(f"{c.name} {c.dataType.simpleString()}" for c in kept), "score double"])
     prepared = [prepared_column(i) for i in scorer.field_map.fields if i.kind != "crossed"]
-    return raw_df.select(*keep, *prepared).mapInArrow(score, "row_id long, date date, score double")
+    return raw_df.select(*keep, *prepared).mapInArrow(score, schema)

@@ -11,9 +11,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from lc_spark import datasets, tables
-from lc_spark.config import Config, Files, Joined
+from lc_spark import datasets, files, tables
+from lc_spark.config import Config
 from lc_spark.errors import LcSparkError, nearest
+from lc_spark.source_settings import Files, Joined
 
 log = logging.getLogger("lc_spark")
 
@@ -28,7 +29,7 @@ def read_source(spark: SparkSession, config: Config, date: datetime.date | None)
     source = config.source
     if source.dataset is not None:
         folder = config.workspace_path / "source"
-        rows_df = spark.read.parquet(str(datasets.materialize(source.dataset, folder)))
+        rows_df = spark.read.parquet(files.uri(datasets.materialize(source.dataset, folder)))
     else:
         path = (source.path or "").replace("{date}", date.isoformat() if date else "*")
         rows_df = read_files(spark, source, path, "source")
@@ -37,17 +38,17 @@ def read_source(spark: SparkSession, config: Config, date: datetime.date | None)
     return rows_df
 
 
-def read_files(spark: SparkSession, files: Files, path: str, where: str) -> DataFrame:
+def read_files(spark: SparkSession, settings: Files, path: str, where: str) -> DataFrame:
     """Return the rows of a file or folder; `where` names it in an error.
 
     Columns of a CSV are strings; CORRUPT has the text of a line that does not parse.
     """
     try:
-        if files.format == "delta":
+        if settings.format == "delta":
             return tables.read_delta(spark, path)
-        if files.format == "csv":
-            return _read_csv(spark, files, path)
-        if files.format == "json":
+        if settings.format == "csv":
+            return _read_csv(spark, settings, path)
+        if settings.format == "json":
             inferred = spark.read.json(path, columnNameOfCorruptRecord=CORRUPT)
             fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
             schema = T.StructType([*fields, T.StructField(CORRUPT, T.StringType())])
@@ -55,19 +56,19 @@ def read_files(spark: SparkSession, files: Files, path: str, where: str) -> Data
         return spark.read.parquet(path)
     except AnalysisException as error:
         raise LcSparkError(
-            f"{where}: cannot read '{path}' as {files.format}: {first_line(error)}"
+            f"{where}: cannot read '{path}' as {settings.format}: {first_line(error)}"
         ) from error
 
 
-def _read_csv(spark: SparkSession, files: Files, path: str) -> DataFrame:
+def _read_csv(spark: SparkSession, settings: Files, path: str) -> DataFrame:
     # A quote within quotes is written twice (RFC 4180); Spark's default is a backslash before it.
-    reader = spark.read.options(sep=files.delimiter, quote=files.quote, escape='"')
-    names = files.columns or reader.csv(path, header=True).columns
+    reader = spark.read.options(sep=settings.delimiter, quote=settings.quote, escape='"')
+    names = settings.columns or reader.csv(path, header=True).columns
     fields = [T.StructField(name, T.StringType()) for name in (*names, CORRUPT)]
     # With pruned columns Spark would not see that a line has too many or too few.
     return reader.option("columnPruning", "false").csv(
         path,
-        header=not files.columns,
+        header=not settings.columns,
         schema=T.StructType(fields),
         columnNameOfCorruptRecord=CORRUPT,
     )

@@ -2,19 +2,27 @@
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
-import shutil
 from collections.abc import Callable
 
 import pandas as pd
-import pyarrow.parquet as pq
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import evaluate, figures, ingest, metrics, registry, score, tables, tracking
+from lc_spark import (
+    evaluate,
+    figures,
+    files,
+    gate,
+    ingest,
+    metrics,
+    registry,
+    score,
+    tables,
+    tracking,
+)
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import history
@@ -27,18 +35,16 @@ from lc_spark.training import launch, lr
 
 log = logging.getLogger("lc_spark")
 
-Stage = Callable[[SparkSession, Config, str, datetime.date | None], Facts]
+Stage = Callable[[SparkSession, Config, str], Facts]
 
 
-def ingest_stage(
-    spark: SparkSession, config: Config, parent: str, date: datetime.date | None
-) -> Facts:
+def ingest_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Source -> Delta raw and rejected."""
     with tracking.stage(config, parent, "ingest") as run:
-        made = ingest.ingest(spark, config, date)
+        made = ingest.ingest(spark, config, config.day)
         counts = {"source_rows": made.source_rows, "raw_rows": made.raw_rows}
         run.log_metrics(counts | {"rejected_rows": sum(made.rejected.values())})
-        run.set_tags({"raw_version": str(made.raw_version), "date": str(date or "all")})
+        run.set_tags({"raw_version": str(made.raw_version), "date": str(config.day or "all")})
         run.log_text(json.dumps(made.rejected, indent=1), "rejected.json")
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in made.rejected.items()) or "none"
         summary = (
@@ -48,21 +54,20 @@ def ingest_stage(
         return {**vars(made), "run_id": run.run_id, "summary": summary}
 
 
-def features_stage(
-    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
-) -> Facts:
+def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Delta raw -> field map, Delta vocabulary, shards with a manifest."""
     with tracking.stage(config, parent, "features") as run:
         raw_version = tables.version(spark, config, "raw")
         raw_df = tables.read(spark, config, "raw", raw_version)
+        raw_df = ingest.rows_of_run(raw_df, config)
         split_df = raw_df.withColumn("split", ingest.split_column(config))
         train_df = split_df.where(F.col("split") == "train")
         crosses = _auto_crosses(train_df, config, run)
         fields = (*config.fields, *(chosen.cross for chosen in crosses))
         fitted = fit_features(train_df, fields, config.seed)
         vocabulary_version = tables.write(fitted.levels_df, config, "vocabulary", ("field",))
-        fitted.field_map.write(config.workspace_path / "field_map.json")
-        pq.write_table(fitted.vocabulary.to_arrow(), config.workspace_path / "vocabulary.parquet")
+        fitted.field_map.write(config.run_path / "field_map.json")
+        fitted.vocabulary.write(config.run_path / "vocabulary.parquet")
         manifest = write_shards(raw_df, fitted.field_map, fitted.vocabulary, config, raw_version)
         split_rows = {r["split"]: r["count"] for r in split_df.groupBy("split").count().collect()}
         shard_rows = {split: part["rows"] for split, part in manifest["splits"].items()}
@@ -125,9 +130,7 @@ def _auto_crosses(train_df: DataFrame, config: Config, run: tracking.StageRun) -
     return choice.chosen
 
 
-def train_lr_stage(
-    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
-) -> Facts:
+def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Train shards -> models/lr, Delta lr_weights; and the LRs that a start holds rows out of."""
     field_map = read_field_map(config)
     manifest = read_manifest(config)
@@ -140,7 +143,7 @@ def train_lr_stage(
         run.set_tags({"fingerprint": field_map.fingerprint})
         vectors = {
             split: lr.shard_vectors(
-                spark, config, field_map, split, str(config.workspace_path / "vectors" / split)
+                spark, config, field_map, split, files.uri(config.run_path / "vectors" / split)
             )
             for split in ("train", "valid")
         }
@@ -148,7 +151,7 @@ def train_lr_stage(
         unfit = lr.unfit_parts(train_df, parts)
         for name, why in unfit.items():
             log.warning("train_lr: %s", why)
-            shutil.rmtree(config.workspace_path / "models" / name, ignore_errors=True)
+            files.remove(config.run_path / "models" / name)
         parts = {name: seen for name, seen in parts.items() if name not in unfit}
         fit, model, valid_losses = lr.fit_path(train_df, vectors["valid"], config)
         lr.save_lr(fit, config, field_map)
@@ -160,7 +163,7 @@ def train_lr_stage(
             **held_out,
         }
         train_df.unpersist()
-        shutil.rmtree(config.workspace_path / "vectors")
+        files.remove(config.run_path / "vectors")
         levels_df = tables.read(spark, config, "vocabulary")
         weights_df = lr.lr_weights_df(spark, fit, levels_df, field_map)
         version = tables.write(weights_df, config, "lr_weights", ("field",))
@@ -186,9 +189,7 @@ def train_lr_stage(
         }
 
 
-def train_lc_stage(
-    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
-) -> Facts:
+def train_lc_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Train shards and models/lr -> models/<system>, one child run a system."""
     field_map = read_field_map(config)
     systems = [system for system in config.systems if system.system != "lr"]
@@ -225,39 +226,37 @@ def train_lc_stage(
     return {"systems": trained, "summary": f"trained {', '.join(trained) or 'nothing'}"}
 
 
-def evaluate_stage(
-    spark: SparkSession, config: Config, parent: str, _date: datetime.date | None
-) -> Facts:
+def evaluate_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Test shards and models -> Delta test_scores and evaluation, report, registered winner."""
     with tracking.stage(config, parent, "evaluate") as run:
         return evaluate.evaluate_systems(spark, config, run)
 
 
-def score_stage(
-    spark: SparkSession, config: Config, parent: str, date: datetime.date | None
-) -> Facts:
+def score_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Rows of raw (of a date, or all) and the champion -> Delta scores."""
     with tracking.stage(config, parent, "score") as run:
         model_uri = f"models:/{config.model_name}@champion"
         model_version = registry.version_of(config, model_uri)
         bundle = registry.download(config, model_version)
         raw_df = tables.read(spark, config, "raw")
-        condition = None if date is None else tables.date_condition("date", date)
+        condition = None if config.day is None else tables.date_condition("date", config.day)
         rows_df = raw_df if condition is None else raw_df.where(condition)
         scores_df = score.raw_scores_df(rows_df, bundle).withColumn("model", F.lit(model_version))
         version = tables.write(scores_df, config, "scores", ("date",), condition)
         written_df = tables.read(spark, config, "scores", version)
         n = (written_df if condition is None else written_df.where(condition)).count()
         if n == 0:
-            raise LcSparkError(f"There are no rows in 'raw' for {date}: run 'ingest' for it first.")
+            raise LcSparkError(
+                f"There are no rows in 'raw' for {config.day}: run 'ingest' for it first."
+            )
         run.log_metrics({"rows": n})
-        run.set_tags({"scores_version": str(version), "date": str(date or "all")})
+        run.set_tags({"scores_version": str(version), "date": str(config.day or "all")})
         return {"rows": n, "run_id": run.run_id, "summary": f"{n:,} rows scored into table scores"}
 
 
 def read_field_map(config: Config) -> FieldMap:
     """Return the workspace's field map, after a look whether the shards are of it."""
-    field_map = FieldMap.read(config.workspace_path / "field_map.json")
+    field_map = FieldMap.read(config.run_path / "field_map.json")
     require_same(field_map.fingerprint, read_manifest(config)["fingerprint"], "The shards")
     return field_map
 
@@ -268,5 +267,7 @@ STAGES: dict[str, Stage] = {
     "train_lr": train_lr_stage,
     "train_lc": train_lc_stage,
     "evaluate": evaluate_stage,
+    "gate": gate.gate_stage,
+    "promote": gate.promote_stage,
     "score": score_stage,
 }

@@ -6,6 +6,7 @@ from typing import Literal
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 
+from lc_spark import files
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 
@@ -34,8 +35,8 @@ NEEDS_MAPPING = set(" ,;{}()\n\t=")  # Delta takes these in column names only by
 
 
 def path_of(config: Config, name: TableName) -> str:
-    """Return the folder of a table."""
-    return str(config.workspace_path / "tables" / name)
+    """Return the folder of a table, as a URI."""
+    return files.uri(config.workspace_path / "tables" / name)
 
 
 def exists(spark: SparkSession, config: Config, name: TableName) -> bool:

@@ -101,10 +101,10 @@ def client_of(uri: str) -> mlflow.MlflowClient:
 
 def _experiment_id(config: Config) -> str:
     uri, name = uri_of(config), config.tracking.experiment
-    config.workspace_path.mkdir(parents=True, exist_ok=True)
-    # A server says itself where artifacts lie; a database file knows only the current folder.
-    local = uri.startswith("sqlite:")
-    location = (config.workspace_path / "mlartifacts").as_uri() if local else None
+    location = None  # a server says itself where artifacts lie
+    if uri.startswith("sqlite:"):  # a database file knows only the current folder
+        config.workspace_path.mkdir(parents=True, exist_ok=True)
+        location = (config.workspace_path / "mlartifacts").as_uri()
     try:
         found = client_of(uri).get_experiment_by_name(name)
         if found is not None and found.lifecycle_stage == "active":
@@ -113,6 +113,15 @@ def _experiment_id(config: Config) -> str:
     except (MlflowException, SQLAlchemyError) as error:
         why = str(error).splitlines()[0]
         raise LcSparkError(f"The MLflow store {uri} cannot be used: {why}") from error
+
+
+def address_of(config: Config, run_id: str) -> str:
+    """Return where a run can be looked at: its page on the server, or the store and its id."""
+    uri = uri_of(config)
+    if not uri.startswith(("http://", "https://")):
+        return f"{run_id} in {uri}"
+    experiment_id = client_of(uri).get_run(run_id).info.experiment_id
+    return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def start_pipeline(config: Config, tags: dict[str, str]) -> str:

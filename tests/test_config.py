@@ -143,7 +143,7 @@ def test_an_unknown_key_is_named_with_the_nearest_and_the_allowed_ones(
         ("source.join", {"u": {"pth": "x"}}, ["source.join.u.pth", "Did you mean 'path'?"]),
         ("source.derive", {"a b": "1"}, ["source.derive", "a b"]),
         ("training", None, ["training", "is None", "keys and values"]),
-        ("workspace", "s3://bucket/x", ["workspace", "not a URI"]),
+        ("workspace", "s3://bucket/x", ["no local folder", "set tracking.uri"]),
         ("spark.driver_memory", "lots", ["spark.driver_memory", "'lots'"]),
     ],
 )

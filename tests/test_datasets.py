@@ -75,7 +75,7 @@ def test_the_weather_of_one_flight_by_hand(flights: pd.DataFrame) -> None:
 def test_materialize_writes_once(tmp_path: Path, flights: pd.DataFrame) -> None:
     path = datasets.materialize("flights", tmp_path / "source")
     assert [p.name for p in path.parent.iterdir()] == ["flights.parquet"]
-    read = pd.read_parquet(path)
+    read = pd.read_parquet(str(path))
     assert list(read.columns) == list(flights.columns)
     assert (read["arr_delay"].fillna(-1) == flights["arr_delay"].fillna(-1)).all()
     assert (read["tailnum"].fillna("") == flights["tailnum"].fillna("")).all()

@@ -134,7 +134,7 @@ def test_a_second_run_leaves_the_same_tables(log: Log) -> None:
     config = log.config(source, label="clicked = 1")
     first = ingest(log.spark, config)
     assert counts(first) == (4, 3, {"no date": 1})
-    files = (config.workspace_path / "tables" / "raw").glob("date=*/*.parquet")
+    files = Path(config.workspace, "tables", "raw").glob("date=*/*.parquet")
     assert [file.parent.name[-10:] for file in sorted(files)] == ["2013-01-01", "2013-01-02"]
     raw_rows, rejected_rows = log.raw(config).collect(), log.rejected(config)
     second = ingest(log.spark, config)

@@ -117,10 +117,10 @@ def small(spark: SparkSession, make_config: ConfigMaker) -> tuple[Config, lr.LrF
     """Made-up shards with every kind of field, and the LR that was fitted and saved on them."""
     settings = {"lr": {"l2": 1e-3, "max_iterations": 500, "tolerance": 1e-10}}
     config = make_config(settings)
-    write_shards(config.workspace_path, FIELD_MAP, {"train": [1500, 1500], "test": [1000]})
+    write_shards(Path(config.workspace), FIELD_MAP, {"train": [1500, 1500], "test": [1000]})
     for split in ("train", "test"):
         for path in part_files(config.workspace_path / "shards", split):
-            make_sets(path)
+            make_sets(Path(str(path)))
     vectors = str(config.workspace_path / "vectors")
     [l2] = config.lr.l2
     fit, _ = lr.fit_lr(lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors), config, l2)

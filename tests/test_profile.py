@@ -8,11 +8,11 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark.config import Files
 from lc_spark.errors import LcSparkError
 from lc_spark.init import leaks
 from lc_spark.init.columns import ColumnProfile
 from lc_spark.init.profile import Label, Profile, profile
+from lc_spark.source_settings import Files
 from lc_spark.sources import read_files
 
 ROWS = 600

@@ -181,4 +181,4 @@ def test_two_configs_differ_in_the_crosses_alone(config: Config) -> None:
 def test_materialize_writes_the_log(tmp_path: Path, log_df: pd.DataFrame) -> None:
     path = datasets.materialize("synthetic", tmp_path / "source")
     assert [p.name for p in path.parent.iterdir()] == ["synthetic.parquet"]
-    pd.testing.assert_frame_equal(pd.read_parquet(path), log_df)
+    pd.testing.assert_frame_equal(pd.read_parquet(str(path)), log_df)

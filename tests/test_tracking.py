@@ -281,7 +281,7 @@ def test_a_store_that_is_no_database_is_said(tmp_path: Path) -> None:
 def register(config: Config, folder: Path, logloss: float) -> str:
     parent = tracking.start_pipeline(config, {})
     with tracking.stage(config, parent, "evaluate") as run:
-        return registry.register(config, run, folder, {"logloss": logloss, "auc": 0.75})
+        return registry.register(config, run, folder, "lr", {"logloss": logloss, "auc": 0.75})
 
 
 def aliases_of(config: Config) -> dict[str, str]:
@@ -290,31 +290,59 @@ def aliases_of(config: Config) -> dict[str, str]:
     return {alias: str(version) for alias, version in found.aliases.items()}
 
 
-def test_champion_moves_only_to_a_version_that_is_not_worse(config: Config, tmp_path: Path) -> None:
+def test_a_version_knows_where_it_comes_from_and_is_registered_once(
+    config: Config, tmp_path: Path
+) -> None:
     bundle = make_bundle(tmp_path / "lr")
-    for logloss, champion in ((0.5, "1"), (0.6, "1"), (0.5, "3"), (0.4, "4")):
-        version = register(config, bundle, logloss)
-        assert aliases_of(config) == {"challenger": version, "champion": champion}
-    uri = tracking.uri_of(config)
-    entry = mlflow.MlflowClient(uri, uri).get_model_version(config.model_name, "4")
-    assert entry.tags["logloss"] == "0.4"
-    assert entry.tags["auc"] == "0.75"
-    assert entry.tags["fingerprint"] == FieldMap.read(bundle / "field_map.json").fingerprint
-    assert run_of(config, entry.tags["run_id"]).info.run_name == "evaluate"
+    assert register(config, bundle, 0.5) == register(config, bundle, 0.5)
+    assert aliases_of(config) == {"challenger": "1"}, "nobody is champion unasked"
+    [found] = registry.versions(config)
+    assert found.tags["logloss"] == "0.5"
+    assert found.tags["auc"] == "0.75"
+    assert found.tags["day"] == "all"
+    assert found.tags["fingerprint"] == FieldMap.read(bundle / "field_map.json").fingerprint
+    assert run_of(config, found.tags["run_id"]).info.run_name == "evaluate"
+    (bundle / "model.json").write_text((bundle / "model.json").read_text() + " ")
+    assert register(config, bundle, 0.6) == "2", "another model is another version"
+    assert aliases_of(config) == {"challenger": "2"}
 
 
-def test_a_version_without_a_defined_loss_never_becomes_champion(tmp_path: Path) -> None:
-    config, bundle = make_config(tmp_path), make_bundle(tmp_path / "lr")
-    register(config, bundle, 0.5)
-    register(config, bundle, float("nan"))
+def test_promote_and_rollback_say_who_when_over_which_and_why(
+    config: Config, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "lr")
+    with pytest.raises(LcSparkError, match="no version is the champion"):
+        registry.rollback(config, "nothing there")
+    for number in (1, 2):
+        (bundle / "mark").write_text(str(number))
+        registry.promote(config, register(config, bundle, 0.5), f"test {number}")
+    assert aliases_of(config) == {"challenger": "2", "champion": "2"}
+    newest, older = registry.versions(config)
+    assert (newest.version, newest.aliases) == ("2", ("challenger", "champion"))
+    assert newest.tags["promoted_over"] == "1"
+    assert older.tags["promoted_over"] == ""
+    assert newest.tags["promoted_why"] == "test 2"
+    assert newest.tags["promoted_by"]
+    assert newest.was_promoted
+    assert registry.rollback(config, "it was worse") == ("2", "1")
     assert aliases_of(config) == {"challenger": "2", "champion": "1"}
+    newest, older = registry.versions(config)
+    assert newest.tags["rolled_back_why"] == "it was worse"
+    assert not newest.was_promoted
+    assert older.was_promoted
+    with pytest.raises(LcSparkError, match="there was none before it"):
+        registry.rollback(config, "once more")
+    registry.promote(config, "2", "it was right after all")
+    assert registry.versions(config)[0].was_promoted
+    with pytest.raises(LcSparkError, match="has no version 9"):
+        registry.promote(config, "9", "a slip")
 
 
 def test_the_registered_model_scores_raw_rows_as_the_scorer_does(
     config: Config, tmp_path: Path
 ) -> None:
     bundle = make_bundle(tmp_path / "lr")
-    register(config, bundle, 0.5)
+    registry.promote(config, register(config, bundle, 0.5), "test")
     mlflow.set_tracking_uri(tracking.uri_of(config))
     model = mlflow.pyfunc.load_model(f"models:/{config.model_name}@champion")
     scorer = Scorer(bundle)
@@ -344,7 +372,7 @@ def test_the_model_shows_its_columns_and_types(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     register(config, make_bundle(tmp_path / "lr"), 0.5)
     mlflow.set_tracking_uri(tracking.uri_of(config))
-    info = mlflow.models.get_model_info("models:/toy@champion")
+    info = mlflow.models.get_model_info("models:/toy/1")
     assert info.signature.inputs.input_names() == ["color", "shop", "price", "tags"]
     assert info.signature.inputs.required_input_names() == []
     types = {"color": "string", "shop": "bigint", "price": "double", "tags": "array<string>"}
@@ -360,9 +388,9 @@ def test_the_model_shows_its_columns_and_types(tmp_path: Path) -> None:
 
 def test_download_returns_the_bundle_and_fetches_it_once(config: Config, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "lr")
-    register(config, bundle, 0.5)
+    registry.promote(config, register(config, bundle, 0.5), "test")
     folder = registry.download(config, f"models:/{config.model_name}@champion")
-    assert folder.is_relative_to(config.workspace_path)
+    assert folder.is_relative_to(str(config.workspace_path))
     for path in bundle.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
     (folder / "mark").touch()
@@ -376,7 +404,7 @@ def test_download_returns_the_bundle_and_fetches_it_once(config: Config, tmp_pat
 def model_folder(tmp_path: Path) -> Path:
     config = make_config(tmp_path / "workspace")
     register(config, make_bundle(tmp_path / "lr"), 0.5)
-    (path,) = config.workspace_path.glob("mlartifacts/**/MLmodel")
+    (path,) = Path(config.workspace).glob("mlartifacts/**/MLmodel")
     return path.parent
 
 

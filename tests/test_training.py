@@ -320,7 +320,8 @@ def test_checkpoint_of_another_run_is_set_aside(
 
 
 def test_half_written_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
-    (tmp_path / "new-0003").mkdir()
+    (tmp_path / "epoch-0003").mkdir()
+    (tmp_path / "epoch-0003" / checkpoint.TENSORS_FILE).write_bytes(b"half")
     assert checkpoint.newest(tmp_path, {"config": "x"}) == 0
     checkpoint.save(tmp_path, 3, {"config": "x"}, {"a": torch.zeros(1)}, {})
     assert checkpoint.newest(tmp_path, {"config": "x"}) == 3

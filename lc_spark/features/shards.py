@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,13 @@ from numpy.typing import NDArray
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from lc_spark import files
 from lc_spark.config import Config
 from lc_spark.encoder import Vocabulary, encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import prepared_column
 from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.files import AnyPath
 from lc_spark.ingest import split_column
 
 SPLITS = ("train", "valid", "test")
@@ -86,7 +87,7 @@ def write_shards(
     keep = ("row_id", "label", "fold", "__date", "split", "__key", "__part")
     placed_df = keyed_df.withColumn("__part", _part_column(ends))
     n_parts = sum(len(split_ends) + 1 for split_ends in ends.values())
-    folder = config.workspace_path / "shards"
+    folder = config.run_path / "shards"
     manifest_path = folder / "manifest.json"
     manifest_path.unlink(missing_ok=True)  # half-written shards must not look whole
     shuffled_df = _to_partitions(encoded_df(placed_df, field_map, vocabulary, keep), n_parts)
@@ -97,9 +98,9 @@ def write_shards(
     )
     # A block above any part keeps one row group a file.
     writer = written_df.write.mode("overwrite").partitionBy("split")
-    writer.option("parquet.block.size", str(2**31 - 1)).parquet(str(folder))
+    writer.option("parquet.block.size", str(2**31 - 1)).parquet(files.uri(folder))
     manifest = _manifest(folder, field_map, config, raw_version)
-    manifest_path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    files.write_text(manifest_path, json.dumps(manifest, indent=1))
     return manifest
 
 
@@ -176,12 +177,12 @@ def _to_partitions(df: DataFrame, n_parts: int) -> DataFrame:
 
 
 def _manifest(
-    folder: Path, field_map: FieldMap, config: Config, raw_version: int
+    folder: AnyPath, field_map: FieldMap, config: Config, raw_version: int
 ) -> dict[str, Any]:
     splits = {}
     ranks = config.most_ranks
     for split in SPLITS:
-        parts = [pq.read_table(p, columns=["label", "date"]) for p in part_files(folder, split)]
+        parts = [_columns(path) for path in part_files(folder, split)]
         groups = [part.num_rows for part in parts]
         splits[split] = {
             "rows": sum(groups),
@@ -207,19 +208,24 @@ def _manifest(
     }
 
 
+def _columns(path: AnyPath) -> pa.Table:
+    with path.open("rb") as file:
+        return pq.read_table(file, columns=["label", "date"])
+
+
 def first_date(manifest: dict[str, Any], days: int) -> int:
     """Return the first of the last `days` train days, in days since 1970."""
     return int(manifest["splits"]["train"]["last_date"]) - days + 1
 
 
-def part_files(folder: Path, split: str) -> list[Path]:
+def part_files(folder: AnyPath, split: str) -> list[AnyPath]:
     """Return the Parquet files of a split, in order."""
-    return sorted((folder / f"split={split}").glob("*.parquet"))
+    return files.children(folder / f"split={split}", "*.parquet")
 
 
 def read_manifest(config: Config) -> dict[str, Any]:
     """Read the manifest of the workspace's shards."""
-    path = config.workspace_path / "shards" / "manifest.json"
+    path = config.run_path / "shards" / "manifest.json"
     if not path.is_file():
         raise LcSparkError(f"There are no shards in {path.parent}: run the stage 'features' first.")
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,26 +1,26 @@
 """Turns the state of a training run into a folder an epoch, and back: safetensors and JSON.
 
-A checkpoint is there whole or not at all: it is written under another name and renamed. Only rank
-0 writes; every rank reads.
+A checkpoint counts from the moment on that its JSON is there, the last file to be written. Only
+rank 0 writes; every rank reads.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lc_spark import files
+from lc_spark.files import AnyPath
+from lc_spark.training.tensors import load_tensors, save_tensors
 
 TENSORS_FILE = "state.safetensors"
 PROGRESS_FILE = "state.json"
 
 
 def save(
-    folder: Path,
+    folder: AnyPath,
     epoch: int,
     identity: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
@@ -30,23 +30,17 @@ def save(
 
     identity says what the run is made of (settings, data, ranks); progress is any further JSON.
     """
-    new, final = folder / f"new-{epoch:04d}", folder / f"epoch-{epoch:04d}"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, new / TENSORS_FILE)
+    path = folder / f"epoch-{epoch:04d}"
+    (path / PROGRESS_FILE).unlink(missing_ok=True)
+    save_tensors(tensors, path / TENSORS_FILE)
     content = {"identity": dict(identity), "progress": dict(progress)}
-    (new / PROGRESS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for name in (TENSORS_FILE, PROGRESS_FILE):
-        with (new / name).open("rb") as file:
-            os.fsync(file.fileno())
-    os.rename(new, final)
+    files.write_text(path / PROGRESS_FILE, json.dumps(content, indent=1))
     for old in _finished(folder):
-        if old != final:
-            shutil.rmtree(old)
+        if old != path:
+            files.remove(old)
 
 
-def newest(folder: Path, identity: Mapping[str, Any]) -> int:
+def newest(folder: AnyPath, identity: Mapping[str, Any]) -> int:
     """Return the epoch of the last checkpoint, 0 when there is none to go on from.
 
     One of another identity is set aside (folder.set_aside, replacing an earlier one) and said so.
@@ -59,8 +53,7 @@ def newest(folder: Path, identity: Mapping[str, Any]) -> int:
     if not differing:
         return int(finished[-1].name.removeprefix("epoch-"))
     aside = folder.with_name(f"{folder.name}.set_aside")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+    files.rename(folder, aside)
     print(
         f"The checkpoint in {folder} is of another run ({', '.join(differing)} differ): set aside "
         f"as {aside}, training starts anew.",
@@ -70,18 +63,19 @@ def newest(folder: Path, identity: Mapping[str, Any]) -> int:
 
 
 def load(
-    folder: Path, epoch: int, device: torch.device
+    folder: AnyPath, epoch: int, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the progress of folder/epoch-N."""
     path = folder / f"epoch-{epoch:04d}"
     content = json.loads((path / PROGRESS_FILE).read_text(encoding="utf-8"))
-    return load_file(path / TENSORS_FILE, device=str(device)), content["progress"]
+    return load_tensors(path / TENSORS_FILE, str(device)), content["progress"]
 
 
-def remove(folder: Path) -> None:
+def remove(folder: AnyPath) -> None:
     """Remove the checkpoints of a run that has ended well."""
-    shutil.rmtree(folder, ignore_errors=True)
+    files.remove(folder)
 
 
-def _finished(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch-*"))
+def _finished(folder: AnyPath) -> list[AnyPath]:
+    """Return the folders of whole checkpoints, the oldest first."""
+    return [path.parent for path in files.children(folder, f"epoch-*/{PROGRESS_FILE}")]

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -74,21 +74,21 @@ def train_spec(
     if system.system == "lr":
         raise LcSparkError(f"'{system.name}' is an lr: the train_lr stage trains it.")
     training = config.training_of(system)
-    workspace = config.workspace_path
+    folder = config.run_path
     held_out = lr.held_out_folders(config, training)
     unfit = facts.read(config, "train_lr")["unfit"] if held_out else {}
-    for folder in held_out:
-        if Path(folder).name in unfit:
-            raise LcSparkError(f"{system.name}: {unfit[Path(folder).name]}")
+    for name in (PurePosixPath(place).name for place in held_out):
+        if name in unfit:
+            raise LcSparkError(f"{system.name}: {unfit[name]}")
     return TrainSpec(
         name=system.name,
         system=system.system,
         training=training.model_dump(mode="json"),
-        shards=str(workspace / "shards"),
-        field_map=str(workspace / "field_map.json"),
-        output=str(workspace / "models" / system.name),
+        shards=str(folder / "shards"),
+        field_map=str(folder / "field_map.json"),
+        output=str(folder / "models" / system.name),
         seed=config.seed if seed is None else seed,
-        lr_model=None if training.start == "random" else str(workspace / "models" / "lr"),
+        lr_model=None if training.start == "random" else str(folder / "models" / "lr"),
         held_out_lr=held_out,
         first_date=_first_date(config, training),
         watch=watch,

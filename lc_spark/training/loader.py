@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lc_spark.errors import LcSparkError, RankError
 from lc_spark.field_map import FieldMap, require_same
+from lc_spark.files import AnyPath, children, uri
 from lc_spark.training.models import to_tensors
 
 with warnings.catch_warnings():
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
     folds: Tensor  # int64
 
 
-def read_manifest(shards: Path, field_map: FieldMap) -> dict[str, Any]:
+def read_manifest(shards: AnyPath, field_map: FieldMap) -> dict[str, Any]:
     """Read the shards' manifest; refuses shards that were made with another field map."""
     path = shards / MANIFEST_FILE
     if not path.is_file():
@@ -49,17 +50,18 @@ def read_manifest(shards: Path, field_map: FieldMap) -> dict[str, Any]:
 
 
 def train_row_groups(
-    shards: Path, manifest: dict[str, Any], first_date: int | None = None
+    shards: AnyPath, manifest: dict[str, Any], first_date: int | None = None
 ) -> list[int]:
     """Return the rows of each train row group, of first_date (days since 1970) or later."""
     groups: list[int] = manifest["splits"]["train"]["row_groups"]
     if first_date is None:
         return groups
-    dates = (
-        pq.ParquetFile(path).read(["date"])["date"].to_numpy()
-        for path in _files(shards, manifest, "train")
-    )
-    return [int((column >= first_date).sum()) for column in dates]
+    rows = []
+    for path in _files(shards, manifest, "train"):
+        with path.open("rb") as file:
+            dates = pq.ParquetFile(file).read(["date"])["date"].to_numpy()
+        rows.append(int((dates >= first_date).sum()))
+    return rows
 
 
 def steps_per_epoch(groups: Sequence[int], world_size: int, batch_size: int) -> int:
@@ -80,7 +82,7 @@ def steps_per_epoch(groups: Sequence[int], world_size: int, batch_size: int) -> 
 
 
 def training_batches(
-    shards: Path,
+    shards: AnyPath,
     manifest: dict[str, Any],
     field_map: FieldMap,
     rank: int,
@@ -117,7 +119,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    shards: Path,
+    shards: AnyPath,
     manifest: dict[str, Any],
     field_map: FieldMap,
     split: str,
@@ -146,9 +148,9 @@ def evaluation_batches(
             yield _select(group, slice(at, at + batch_size))
 
 
-def _files(shards: Path, manifest: dict[str, Any], split: str) -> list[Path]:
+def _files(shards: AnyPath, manifest: dict[str, Any], split: str) -> list[AnyPath]:
     folder = shards / f"split={split}"
-    files = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith((".", "_")))
+    files = [p for p in children(folder, "*.parquet") if not p.name.startswith((".", "_"))]
     expected = len(manifest["splits"][split]["row_groups"])
     if len(files) != expected:
         raise LcSparkError(
@@ -159,7 +161,7 @@ def _files(shards: Path, manifest: dict[str, Any], split: str) -> list[Path]:
 
 
 def _row_groups(
-    files: Sequence[Path],
+    files: Sequence[AnyPath],
     field_map: FieldMap,
     shuffle_seed: int | None,
     first_date: int | None = None,
@@ -176,7 +178,7 @@ def _row_groups(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"petastorm\.")
     reader = make_batch_reader(
-        [f"file://{path}" for path in files],
+        [uri(path) for path in files],
         schema_fields=names,
         reader_pool_type="thread",
         workers_count=1,
@@ -184,6 +186,7 @@ def _row_groups(
         seed=shuffle_seed,
         num_epochs=None,
         convert_early_to_numpy=True,
+        filesystem=None if isinstance(files[0], Path) else files[0].fs,
     )
     try:
         for group in reader:

@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from lc_spark.errors import LcSparkError, RankError
 from lc_spark.field_map import FieldMap
+from lc_spark.files import as_path
 from lc_spark.parameters import parameter_count
 from lc_spark.systems import HELD_OUT, Training
 from lc_spark.training import checkpoint, loader, metrics, models
@@ -74,8 +74,8 @@ class _Trainer:
     def __init__(self, spec: TrainSpec, world: World) -> None:
         self.spec, self.world = spec, world
         self.settings = Training.model_validate(spec.training)
-        self.shards, self.output = Path(spec.shards), Path(spec.output)
-        self.field_map = FieldMap.read(Path(spec.field_map))
+        self.shards, self.output = as_path(spec.shards), as_path(spec.output)
+        self.field_map = FieldMap.read(as_path(spec.field_map))
         self.manifest = loader.read_manifest(self.shards, self.field_map)
         self._check_valid_split()
         groups = loader.train_row_groups(self.shards, self.manifest, spec.first_date)

@@ -21,6 +21,7 @@ from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.shards import first_date, part_files
 from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.files import uri
 from lc_spark.systems import Training
 from lc_spark.training import models
 
@@ -101,10 +102,10 @@ def _value_column(info: FieldInfo) -> Column:
 
 def read_shards(spark: SparkSession, config: Config, split: str) -> DataFrame:
     """Return the encoded rows of a split as the shards hold them."""
-    files = part_files(config.workspace_path / "shards", split)
+    files = part_files(config.run_path / "shards", split)
     if not files:
         raise LcSparkError(f"There are no {split} shards: run the stage 'features' first.")
-    return spark.read.parquet(*map(str, files))
+    return spark.read.parquet(*map(uri, files))
 
 
 def fit_lr(
@@ -189,7 +190,7 @@ def _held_out(config: Config, training: Training) -> list[str]:
 
 def held_out_folders(config: Config, training: Training) -> tuple[str, ...]:
     """Return the folders of the LRs that a start with held-out rows reads, one a fold."""
-    folder = config.workspace_path / "models"
+    folder = config.run_path / "models"
     return tuple(str(folder / name) for name in _held_out(config, training))
 
 
@@ -240,7 +241,7 @@ def save_lr(fit: LrFit, config: Config, field_map: FieldMap, name: str = "lr") -
         "seconds": fit.seconds,
     }
     network = models.Lr.from_weights(fit.weights, fit.bias)
-    models.save(network, config.workspace_path / "models" / name, field_map.fingerprint, facts)
+    models.save(network, config.run_path / "models" / name, field_map.fingerprint, facts)
 
 
 def lr_weights_df(

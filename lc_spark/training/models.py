@@ -6,21 +6,21 @@ shape, as in layers.
 # ruff: noqa: N803, N806 (the shape suffixes are upper case)
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lc_spark import files
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import MISSING, FieldMap
+from lc_spark.files import AnyPath
 from lc_spark.systems import SystemKind, Training
 from lc_spark.training.layers import FieldSum, LocallyConnected, Mlp, PooledMlp, ResidualMlp
+from lc_spark.training.tensors import load_tensors, save_tensors
 
 MODEL_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
@@ -220,24 +220,19 @@ def to_tensors(
     return torch.from_numpy(ids_BC), None if values_BC is None else torch.from_numpy(values_BC)
 
 
-def save(model: Network, folder: Path, fingerprint: str, extra: Mapping[str, Any]) -> None:
+def save(model: Network, folder: AnyPath, fingerprint: str, extra: Mapping[str, Any]) -> None:
     """Write model.safetensors and model.json; extra are further JSON entries of the latter."""
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         **extra,
         "system": model.system,
         "architecture": model.architecture,
         "fingerprint": fingerprint,
     }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    # Written aside and renamed, so that a reader never meets half a file.
-    save_file(tensors, folder / f"{MODEL_FILE}.new")
-    os.replace(folder / f"{MODEL_FILE}.new", folder / MODEL_FILE)
-    (folder / f"{DESCRIPTION_FILE}.new").write_text(json.dumps(description, indent=1), "utf-8")
-    os.replace(folder / f"{DESCRIPTION_FILE}.new", folder / DESCRIPTION_FILE)
+    save_tensors(model.state_dict(), folder / MODEL_FILE)
+    files.write_text(folder / DESCRIPTION_FILE, json.dumps(description, indent=1))
 
 
-def load(folder: Path) -> tuple[Network, dict[str, Any]]:
+def load(folder: AnyPath) -> tuple[Network, dict[str, Any]]:
     """Read what save wrote: the model in evaluation mode on the CPU, and model.json's content."""
     if not (folder / DESCRIPTION_FILE).is_file():
         raise LcSparkError(f"There is no model in {folder}: run the stage that trains it first.")
@@ -245,5 +240,5 @@ def load(folder: Path) -> tuple[Network, dict[str, Any]]:
     kind = {"lr": Lr, "dnn": Dnn}.get(description["system"], LcNetwork)
     model: Network = kind(**description["architecture"])
     # assign keeps the precision of the file: LR's weights may be float64.
-    model.load_state_dict(load_file(folder / MODEL_FILE), assign=True)
+    model.load_state_dict(load_tensors(folder / MODEL_FILE), assign=True)
     return model.eval(), description

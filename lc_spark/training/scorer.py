@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,7 +24,7 @@ class Scorer:
     def __init__(self, folder: Path) -> None:
         """Read a bundle folder; raises LcSparkError when its parts do not belong together."""
         self.field_map = FieldMap.read(folder / "field_map.json")
-        self.vocabulary = Vocabulary.from_arrow(pq.read_table(folder / "vocabulary.parquet"))
+        self.vocabulary = Vocabulary.read(folder / "vocabulary.parquet")
         self.model, description = models.load(folder)
         require_same(self.field_map.fingerprint, description["fingerprint"], "The model")
 

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lc_spark
+from lc_spark.files import as_path, write_text
 from lc_spark.systems import SystemKind
 from lc_spark.training import loader, models
 
@@ -35,9 +35,9 @@ class TrainSpec:
 
     def identity(self) -> dict[str, Any]:
         """Return what a result or a checkpoint must share with this run to be of use for it."""
-        files = [Path(self.shards) / loader.MANIFEST_FILE]
+        files = [as_path(self.shards) / loader.MANIFEST_FILE]
         lr_folders = [*self.held_out_lr, *([self.lr_model] if self.lr_model else [])]
-        files += [Path(folder) / models.MODEL_FILE for folder in lr_folders]
+        files += [as_path(folder) / models.MODEL_FILE for folder in lr_folders]
         data = hashlib.sha256()
         for path in files:
             # One that is missing is reported by whoever needs it.
@@ -53,7 +53,7 @@ class TrainSpec:
 
 def finished(spec: TrainSpec) -> dict[str, Any] | None:
     """Return the result of a run that has ended well with the same settings and data, if any."""
-    path = Path(spec.output) / RESULT_FILE
+    path = as_path(spec.output) / RESULT_FILE
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -63,26 +63,23 @@ def finished(spec: TrainSpec) -> dict[str, Any] | None:
 
 def note_result(spec: TrainSpec, result: dict[str, Any]) -> None:
     """Write the result of a run that has ended well, whole or not at all."""
-    folder = Path(spec.output)
+    folder = as_path(spec.output)
     content = {"identity": spec.identity(), "model": _model_digest(spec), "result": result}
-    new = folder / f"{RESULT_FILE}.new"
-    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    new.rename(folder / RESULT_FILE)
+    write_text(folder / RESULT_FILE, json.dumps(content, indent=1))
     (folder / STATE_FILE).unlink()
 
 
 def note_state(spec: TrainSpec, error: str = "") -> None:
     """Note that a run has begun, or why it cannot be trained; what was there before is void."""
-    folder = Path(spec.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path(spec.output)
     (folder / RESULT_FILE).unlink(missing_ok=True)
     content = {"identity": spec.identity(), "error": error}
-    (folder / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
+    write_text(folder / STATE_FILE, json.dumps(content))
 
 
 def noted_error(spec: TrainSpec) -> str | None:
     """Return why a run could not be trained, "" for one that has only begun; None for neither."""
-    path = Path(spec.output) / STATE_FILE
+    path = as_path(spec.output) / STATE_FILE
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +87,7 @@ def noted_error(spec: TrainSpec) -> str | None:
 
 
 def _model_digest(spec: TrainSpec) -> str:
-    path = Path(spec.output) / models.MODEL_FILE
+    path = as_path(spec.output) / models.MODEL_FILE
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 

@@ -5,13 +5,12 @@ LR fits the rare values of its own rows almost perfectly, and of no others. So M
 each of an LR that has not seen the rows which read it.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldMap, require_same
+from lc_spark.files import as_path
 from lc_spark.systems import HELD_OUT, Training
 from lc_spark.training import models
 from lc_spark.training.models import LcNetwork, Lr, TrainedNetwork
@@ -86,7 +85,7 @@ def _lr(folder: str | None, field_map: FieldMap, start: str) -> Lr:
             f"training.start is {start}, but there is no LR model for it: run the train_lr stage "
             "first, or set it to random."
         )
-    lr, description = models.load(Path(folder))
+    lr, description = models.load(as_path(folder))
     require_same(field_map.fingerprint, description["fingerprint"], f"The LR in {folder}")
     assert isinstance(lr, Lr), "an LR's folder holds an LR"
     return lr
