@@ -37,20 +37,46 @@ Day = Annotated[
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> None:
-    """Run all stages: ingest, features, LR, LC systems, evaluation, report."""
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    date: Day = None,
+    until: Annotated[
+        datetime.datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="run every day from --date to this one"),
+    ] = None,
+) -> None:
+    """Run all stages: ingest, features, LR, LC systems, evaluation, report, gate, promotion."""
     from lc_spark import pipeline, process, report, session
 
-    settings = config_file.load(config, overrides).for_day(date and date.date())
+    settings = config_file.load(config, overrides)
+    days = _days(date, until)
     spark = session.start(settings)
     with process.only_one(settings):
-        made = {s: pipeline.run_stage(s, spark, settings) for s in pipeline.RUN_STAGES}
+        for day in days:
+            made = {
+                stage: pipeline.run_stage(stage, spark, settings.for_day(day))
+                for stage in pipeline.RUN_STAGES
+            }
     spark.stop()
     facts = made["evaluate"]
     wide_console.print(report.result_table(facts["results"], facts["best"]))
     console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"Model       {facts['registered']}", soft_wrap=True)
     console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
+
+
+def _days(
+    first: datetime.datetime | None, last: datetime.datetime | None
+) -> list[datetime.date | None]:
+    if first is None or last is None:
+        if last is not None:
+            raise LcSparkError("--until needs --date, the first day.")
+        return [first and first.date()]
+    n = (last - first).days + 1
+    if n < 1:
+        raise LcSparkError(f"--until {last.date()} is before --date {first.date()}.")
+    return [first.date() + datetime.timedelta(days=i) for i in range(n)]
 
 
 @app.command()

@@ -11,8 +11,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lc_spark.cells import cells_of
+from lc_spark.daily_settings import Gate, Refresh
 from lc_spark.errors import LcSparkError, nearest
-from lc_spark.field_kinds import AnyField, Crossed, Fraction, Name, PositiveInt, Section
+from lc_spark.field_kinds import AnyField, Crossed, Name, PositiveInt, Section
 from lc_spark.files import AnyPath, as_path
 from lc_spark.source_settings import Source
 from lc_spark.systems import FIXED, Experiment, Lr, System, Training
@@ -79,33 +80,6 @@ class Shards(Section):
 
     rows_per_group: PositiveInt = 32_768
     folds: Annotated[int, Field(ge=2, le=1000)] = 5
-
-
-class Refresh(Section):
-    """What a day's run takes over from the run whose model is the champion; for split by window.
-
-    scratch: nothing. append: the field map grows, an index once given stays; LR and the networks go
-    on from that run's weights.
-    """
-
-    mode: Literal["scratch", "append"] = "scratch"
-    train_on: Literal["window", "new_days"] = Field(
-        "window", description="append: all days of the window, or those since that run"
-    )
-    epochs: PositiveInt = Field(1, description="append: epochs of a network that goes on")
-    expire_days: PositiveInt | None = Field(
-        None, description="scratch: a value not seen for so many days leaves the vocabulary"
-    )
-
-
-class Gate(Section):
-    """By how much a new model may be worse than the champion, on the same rows, and replace it."""
-
-    auc: Fraction = Field(0.002, description="lower AUC")
-    logloss: Fraction = Field(0.002, description="higher log loss")
-    calibration: Fraction = Field(0.05, description="further from 1, predicted over observed")
-    min_rows: PositiveInt = Field(1000, description="test rows, or nothing is decided")
-    min_positives: PositiveInt = Field(100, description="positives among them")
 
 
 class Features(Section):
@@ -201,6 +175,16 @@ class Config(Section):
                     f"the field '{field.name}' reads '{field.column}', the true probability that "
                     "evaluation.truth names: take it out of the fields"
                 )
+        if self.refresh.mode == "append":
+            if self.features.crosses == "auto":
+                raise ValueError("refresh.mode: append goes with 'features: {crosses: listed}'")
+            for system in self.systems:
+                training = self.training_of(system)
+                if training.joint_epochs or training.start == "lr_past":
+                    raise ValueError(
+                        f"{system.name}: refresh.mode: append goes neither with joint_epochs nor "
+                        "with start: lr_past"
+                    )
         if self.features.crosses == "auto" and len(self._crossable) < 2:
             raise ValueError(
                 "features.crosses: auto needs two categorical or bucketed fields at least, 'fields'"

@@ -176,25 +176,20 @@ def cross_keys(
     return keys
 
 
-def check_cross_fits(info: FieldInfo, field_map: FieldMap) -> None:
-    """Refuse a cross with more combinations than int64 keys can tell apart."""
-    combinations = math.prod(field_map[parent].size for parent in info.of)
-    if combinations >= 2**63:
-        raise LcSparkError(
-            f"The cross '{info.name}' has {combinations:.1e} combinations, more than 2^63: raise "
-            "min_count of its parents or cross fewer fields."
-        )
-
-
 def _encode_cross(
     info: FieldInfo,
     encoded: Mapping[str, NDArray[Any]],
     field_map: FieldMap,
     vocabulary: Vocabulary,
 ) -> NDArray[Any]:
-    keys = cross_keys(info, encoded, field_map)
-    mixed = keys if info.hashed is None else _mix(keys)
-    return np.where(keys == 0, MISSING, _indices_of(info, mixed, vocabulary)).astype(np.int32)
+    missing = np.logical_and.reduce([encoded[parent] == MISSING for parent in info.of])
+    if info.hashed is None:
+        keys = cross_keys(info, encoded, field_map)
+    else:  # by the indices alone: the sizes of the parents may grow
+        keys = np.zeros(len(missing), np.int64)
+        for parent in info.of:
+            keys = _mix(keys + encoded[parent])
+    return np.where(missing, MISSING, _indices_of(info, keys, vocabulary)).astype(np.int32)
 
 
 def _mix(keys: NDArray[Any]) -> NDArray[Any]:

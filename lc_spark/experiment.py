@@ -19,7 +19,6 @@ from lc_spark import (
     files,
     metrics,
     pipeline,
-    stages,
     tables,
     tracking,
 )
@@ -29,6 +28,7 @@ from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import parameters_of
 from lc_spark.facts import Facts
+from lc_spark.features.shards import read_field_map
 from lc_spark.field_map import FieldMap
 from lc_spark.files import AnyPath
 from lc_spark.tracking import StageRun
@@ -121,7 +121,7 @@ def run_experiment(spark: SparkSession, config: Config) -> Facts:
 
 def _train(spark: SparkSession, full: Config, todo: Sequence[Cell], state: _State) -> list[Outcome]:
     """Train all cells but LR, each once; return what became of each."""
-    fingerprint = stages.read_field_map(full).fingerprint
+    fingerprint = read_field_map(full).fingerprint
     specs: dict[str, spec.TrainSpec] = {}
     results: dict[str, Facts] = {}
     for cell in todo[1:]:
@@ -208,7 +208,7 @@ def _evaluate(spark: SparkSession, config: Config, outcomes: list[Outcome], stat
         errors = "; ".join(sorted({o.error for o in outcomes if o.error}))
         raise LcSparkError(f"No cell of the experiment could be trained: {errors}")
     some = expanded(config, [outcome.cell for outcome in trained])
-    field_map = stages.read_field_map(some)
+    field_map = read_field_map(some)
     with tracking.stage(config, state.parent, "evaluate") as run:
         scored_df = evaluate.all_scores_df(spark, some, field_map, "test")
         version = tables.write(scored_df, some, "experiment_scores", ("system",))

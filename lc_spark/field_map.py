@@ -10,6 +10,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lc_spark import files
 from lc_spark.errors import LcSparkError
 from lc_spark.files import AnyPath
@@ -56,6 +59,7 @@ class FieldMap:
 
     fields: tuple[FieldInfo, ...]
     fingerprint: str = field(default="", compare=False)
+    parent: str = field(default="", compare=False)  # fingerprint of the map that this one grew from
 
     def __post_init__(self) -> None:
         offset, placed = 0, []
@@ -88,10 +92,24 @@ class FieldMap:
                 return info
         raise KeyError(name)
 
+    def places_in(self, grown: "FieldMap") -> NDArray[np.int64]:
+        """Return for each of the d global indices here the one that it has in a map grown from it.
+
+        Raises LcSparkError when the other map did not grow from this one.
+        """
+        if grown.parent != self.fingerprint:
+            raise LcSparkError(
+                f"The field map {grown.fingerprint} did not grow from {self.fingerprint}, whose "
+                "weights it is to take over: run 'features' again, or set refresh.mode to scratch."
+            )
+        blocks = [grown[info.name].offset + np.arange(info.size) for info in self.fields]
+        return np.concatenate(blocks)
+
     def to_json(self) -> str:
         """Return the map as JSON text."""
         content = {
             "fingerprint": self.fingerprint,
+            "parent": self.parent,
             "d": self.d,
             "fields": [dataclasses.asdict(info) for info in self.fields],
         }
@@ -101,7 +119,8 @@ class FieldMap:
     def from_json(cls, text: str) -> Self:
         """Read what to_json wrote; refuses a map whose content does not fit its fingerprint."""
         content = json.loads(text)
-        return cls(tuple(_info(entry) for entry in content["fields"]), content["fingerprint"])
+        infos = tuple(_info(entry) for entry in content["fields"])
+        return cls(infos, content["fingerprint"], content.get("parent", ""))
 
     def write(self, path: AnyPath) -> None:
         """Write the map to a file."""

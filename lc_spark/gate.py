@@ -7,7 +7,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from lc_spark import facts, ingest, metrics, registry, score, tables, tracking
-from lc_spark.config import Config, Gate
+from lc_spark.config import Config
+from lc_spark.daily_settings import Gate
 from lc_spark.facts import Facts
 from lc_spark.features.shards import read_manifest
 from lc_spark.metrics import Metrics

@@ -11,10 +11,10 @@ from pyspark.sql import DataFrame, SparkSession
 
 from lc_spark.config import Config
 from lc_spark.features.prepare import prepared_column
+from lc_spark.features.vectors import read_shards
 from lc_spark.field_map import FieldMap, require_same
 from lc_spark.files import AnyPath
 from lc_spark.training import models
-from lc_spark.training.lr import read_shards
 from lc_spark.training.scorer import Scorer, encoded_columns, score_ids
 
 Batches = Iterable[pa.RecordBatch]

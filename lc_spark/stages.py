@@ -1,37 +1,32 @@
 """The stages of the pipeline: each opens a child of one parent MLflow run and returns its facts."""
 
-import contextlib
 import dataclasses
+import datetime
 import json
 import logging
 from collections.abc import Callable
 
 import pandas as pd
-from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from lc_spark import (
     evaluate,
-    figures,
-    files,
     gate,
     ingest,
-    metrics,
+    refresh,
     registry,
     score,
     tables,
     tracking,
+    training_stages,
 )
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
-from lc_spark.evaluation_report import history
 from lc_spark.facts import Facts
 from lc_spark.features.auto_crosses import ChosenCross, choose_crosses
 from lc_spark.features.fit import fit_features
-from lc_spark.features.shards import read_manifest, write_shards
-from lc_spark.field_map import FieldMap, require_same
-from lc_spark.training import launch, lr
+from lc_spark.features.shards import write_shards
 
 log = logging.getLogger("lc_spark")
 
@@ -64,7 +59,11 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
         train_df = split_df.where(F.col("split") == "train")
         crosses = _auto_crosses(train_df, config, run)
         fields = (*config.fields, *(chosen.cross for chosen in crosses))
-        fitted = fit_features(train_df, fields, config.seed)
+        refresh.tidy(config)
+        before = refresh.find_parent(config)
+        old = None if before is None else refresh.grown_from(spark, config, before)
+        recent_df = _recent(train_df, config) if old is None else None
+        fitted = fit_features(train_df, fields, config.seed, old, recent_df)
         vocabulary_version = tables.write(fitted.levels_df, config, "vocabulary", ("field",))
         fitted.field_map.write(config.run_path / "field_map.json")
         fitted.vocabulary.write(config.run_path / "vocabulary.parquet")
@@ -85,6 +84,8 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
                 "fingerprint": field_map.fingerprint,
                 "raw_version": str(raw_version),
                 "vocabulary_version": str(vocabulary_version),
+                "parent_fingerprint": field_map.parent,
+                "parent_day": before.day if before else "",
             }
         )
         parts = " + ".join(f"{shard_rows[s]:,} {s}" for s in ("train", "valid", "test"))
@@ -94,11 +95,22 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
             "features": field_map.d,
             "fields": len(field_map.fields),
             "fingerprint": field_map.fingerprint,
+            "parent": refresh.as_facts(before),
+            "vocabulary_version": vocabulary_version,
             "auto_crosses": [dataclasses.asdict(chosen) for chosen in crosses],
             "run_id": run.run_id,
             "summary": f"{sum(split_rows.values()):,} raw rows = {parts} in the shards; "
             f"{len(field_map.fields)} fields, {field_map.d:,} features",
         }
+
+
+def _recent(train_df: DataFrame, config: Config) -> DataFrame | None:
+    """Return the train rows in which a value must occur, or None where values do not expire."""
+    days = config.refresh.expire_days
+    if days is None:
+        return None
+    first = ingest.run_day(config) - datetime.timedelta(days=days - 1)
+    return train_df.where(F.col("date") >= F.lit(first))
 
 
 def _auto_crosses(train_df: DataFrame, config: Config, run: tracking.StageRun) -> list[ChosenCross]:
@@ -130,102 +142,6 @@ def _auto_crosses(train_df: DataFrame, config: Config, run: tracking.StageRun) -
     return choice.chosen
 
 
-def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
-    """Train shards -> models/lr, Delta lr_weights; and the LRs that a start holds rows out of."""
-    field_map = read_field_map(config)
-    manifest = read_manifest(config)
-    parts = lr.held_out_parts(config, manifest)
-    for split in ("train", "valid"):
-        if not 0 < manifest["splits"][split]["positives"] < manifest["splits"][split]["rows"]:
-            raise LcSparkError(f"The {split} split has rows of one label only: check 'split'.")
-    with tracking.stage(config, parent, "lr") as run:
-        run.log_params(config.lr.model_dump())
-        run.set_tags({"fingerprint": field_map.fingerprint})
-        vectors = {
-            split: lr.shard_vectors(
-                spark, config, field_map, split, files.uri(config.run_path / "vectors" / split)
-            )
-            for split in ("train", "valid")
-        }
-        train_df = vectors["train"].persist(StorageLevel.MEMORY_AND_DISK)
-        unfit = lr.unfit_parts(train_df, parts)
-        for name, why in unfit.items():
-            log.warning("train_lr: %s", why)
-            files.remove(config.run_path / "models" / name)
-        parts = {name: seen for name, seen in parts.items() if name not in unfit}
-        fit, model, valid_losses = lr.fit_path(train_df, vectors["valid"], config)
-        lr.save_lr(fit, config, field_map)
-        held_out = lr.fit_held_out(train_df, parts, fit.l2, config, field_map)
-        # AUC on the rows it was fitted on, beside that on rows it has not seen: how much it leaks.
-        aucs = {
-            "train": metrics.exact_auc(lr.scores_df(model, train_df)),
-            "valid": metrics.exact_auc(lr.scores_df(model, vectors["valid"])),
-            **held_out,
-        }
-        train_df.unpersist()
-        files.remove(config.run_path / "vectors")
-        levels_df = tables.read(spark, config, "vocabulary")
-        weights_df = lr.lr_weights_df(spark, fit, levels_df, field_map)
-        version = tables.write(weights_df, config, "lr_weights", ("field",))
-        for step, loss in enumerate(fit.loss_history):
-            run.log_metrics({"objective": loss}, step)
-        run.log_figure(figures.lr_loss(fit.loss_history), "lr_loss.svg")
-        run.set_tags({"lr_weights_version": str(version)})
-        per_pass = fit.seconds / max(fit.iterations, 1)
-        run.log_metrics({"iterations": fit.iterations, "seconds_per_epoch": per_pass, "l2": fit.l2})
-        run.log_metrics({f"{rows}_auc": auc for rows, auc in aucs.items()})
-        return {
-            "seconds_per_epoch": per_pass,
-            "loss_history": fit.loss_history,
-            "l2": fit.l2,
-            "valid_logloss_by_l2": valid_losses,
-            "aucs": aucs,
-            "unfit": unfit,
-            "run_id": run.run_id,
-            "summary": f"l2 {fit.l2:g}, {fit.iterations} passes over {field_map.d:,} weights, "
-            f"objective {fit.loss_history[0]:.5f} -> {fit.loss_history[-1]:.5f}; AUC "
-            + ", ".join(f"{rows} {auc:.4f}" for rows, auc in aucs.items())
-            + "; table lr_weights",
-        }
-
-
-def train_lc_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
-    """Train shards and models/lr -> models/<system>, one child run a system."""
-    field_map = read_field_map(config)
-    systems = [system for system in config.systems if system.system != "lr"]
-    trained: Facts = {}
-    with contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(tracking.stage(config, parent, s.name)) for s in systems]
-        for system, run in zip(systems, runs, strict=True):
-            run.log_params(config.training_of(system).model_dump(mode="json"))
-            run.set_tags({"fingerprint": field_map.fingerprint, "system": system.system})
-        results = launch.launch(spark, config, systems, [run.run_id for run in runs])
-        failed = {s.name: r["error"] for s, r in zip(systems, results, strict=True) if "error" in r}
-        for system, run, result in zip(systems, runs, results, strict=True):
-            if system.name in failed:
-                continue
-            losses = figures.loss_by_epoch({system.name: history(result)})
-            run.log_figure(losses, "loss.svg")
-            trained[system.name] = {**result, "run_id": run.run_id}
-            log.info(
-                "train_lc: %s: best epoch %.3g of %.3g, validation AUC %.4f; %s train rows = %s "
-                "seen in an epoch + %s left over",
-                system.name,
-                result["best_epoch"],
-                result["epochs"][-1]["epoch"],
-                result["best_valid_auc"],
-                f"{result['rows_per_epoch'] + result['rows_left_over']:,}",
-                f"{result['rows_per_epoch']:,}",
-                f"{result['rows_left_over']:,}",
-            )
-    for system, run in zip(systems, runs, strict=True):
-        if system.name in failed:
-            tracking.end_run(config, run.run_id, "FAILED")
-    if failed:
-        raise LcSparkError("; ".join(f"Training '{n}': {error}" for n, error in failed.items()))
-    return {"systems": trained, "summary": f"trained {', '.join(trained) or 'nothing'}"}
-
-
 def evaluate_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Test shards and models -> Delta test_scores and evaluation, report, registered winner."""
     with tracking.stage(config, parent, "evaluate") as run:
@@ -254,18 +170,11 @@ def score_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
         return {"rows": n, "run_id": run.run_id, "summary": f"{n:,} rows scored into table scores"}
 
 
-def read_field_map(config: Config) -> FieldMap:
-    """Return the workspace's field map, after a look whether the shards are of it."""
-    field_map = FieldMap.read(config.run_path / "field_map.json")
-    require_same(field_map.fingerprint, read_manifest(config)["fingerprint"], "The shards")
-    return field_map
-
-
 STAGES: dict[str, Stage] = {
     "ingest": ingest_stage,
     "features": features_stage,
-    "train_lr": train_lr_stage,
-    "train_lc": train_lc_stage,
+    "train_lr": training_stages.train_lr_stage,
+    "train_lc": training_stages.train_lc_stage,
     "evaluate": evaluate_stage,
     "gate": gate.gate_stage,
     "promote": gate.promote_stage,

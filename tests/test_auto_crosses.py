@@ -11,11 +11,11 @@ from conftest import ConfigMaker
 from numpy.typing import NDArray
 from pyspark.sql import DataFrame, SparkSession
 
-from lc_spark import facts, pipeline, stages
+from lc_spark import facts, pipeline
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.auto_crosses import Choice, choose_crosses
-from lc_spark.features.shards import read_manifest
+from lc_spark.features.shards import read_field_map, read_manifest
 
 N_ROWS = 12_000
 
@@ -179,7 +179,7 @@ def test_the_features_stage_adds_the_chosen_cross(
     made = pipeline.run_stage("features", spark, auto)
     assert [tuple(cross["of"]) for cross in made["auto_crosses"]] == [("device", "price")]
     assert 0.1 < made["auto_crosses"][0]["gain"] < 0.225
-    field_map = stages.read_field_map(auto)
+    field_map = read_field_map(auto)
     assert field_map.fields[-1].name == "device_x_price"
     assert field_map["device_x_price"].size == 2 + 4 * 6
     assert read_manifest(auto)["fields"][-1] == "device_x_price"

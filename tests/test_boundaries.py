@@ -22,6 +22,7 @@ ONLY_IN = {
     "pydantic": {
         "config_file.py",
         "config.py",
+        "daily_settings.py",
         "field_kinds.py",
         "source_settings.py",
         "systems.py",

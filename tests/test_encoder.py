@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from lc_spark.encoder import (
     Vocabulary,
-    check_cross_fits,
     cross_keys,
     encode,
     hash_text,
     prepare_pandas,
 )
 from lc_spark.errors import LcSparkError
+from lc_spark.features.fit import check_cross_fits
 from lc_spark.field_map import FieldInfo, FieldMap, require_same
 
 NAN, INF = math.nan, math.inf

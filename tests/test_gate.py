@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lc_spark.config import Gate
+from lc_spark.daily_settings import Gate
 from lc_spark.gate import reasons_against
 from lc_spark.metrics import Metrics
 

@@ -20,10 +20,11 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from training_data import DAYS, FIELD_MAP, FIRST_DATE, FOLDS, write_shards
 
-from lc_spark import config_file, ingest, metrics, pipeline, score, stages, tables
+from lc_spark import config_file, ingest, metrics, pipeline, score, tables
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
-from lc_spark.features.shards import part_files
+from lc_spark.features.shards import part_files, read_field_map
+from lc_spark.features.vectors import read_shards, shard_vectors
 from lc_spark.field_kinds import Bucketed
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.training import lr, models
@@ -54,7 +55,7 @@ def test_vectors_hold_offset_and_value_of_every_kind_of_field(
     folder = config.workspace_path / "shards" / "split=train"
     spark.createDataFrame(rows, schema).coalesce(1).write.parquet(str(folder))
     vectors = str(config.workspace_path / "vectors")
-    found = lr.shard_vectors(spark, config, field_map, "train", vectors).orderBy("row_id").collect()
+    found = shard_vectors(spark, config, field_map, "train", vectors).orderBy("row_id").collect()
     assert [(r["row_id"], r["label"], r["fold"]) for r in found] == [row[:3] for row in rows]
     assert [r["features"].size for r in found] == [14] * 4
     assert [dict(zip(r["features"].indices, r["features"].values, strict=True)) for r in found] == [
@@ -69,7 +70,7 @@ def test_without_shards_the_stage_to_run_is_named(
     spark: SparkSession, make_config: ConfigMaker
 ) -> None:
     with pytest.raises(LcSparkError, match="no train shards: run the stage 'features' first"):
-        lr.read_shards(spark, make_config(), "train")
+        read_shards(spark, make_config(), "train")
 
 
 def matrix_of(config: Config, field_map: FieldMap, split: str) -> tuple[sp.csr_matrix, pd.Series]:
@@ -123,7 +124,7 @@ def small(spark: SparkSession, make_config: ConfigMaker) -> tuple[Config, lr.LrF
             make_sets(Path(str(path)))
     vectors = str(config.workspace_path / "vectors")
     [l2] = config.lr.l2
-    fit, _ = lr.fit_lr(lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors), config, l2)
+    fit, _ = lr.fit_lr(shard_vectors(spark, config, FIELD_MAP, "train", vectors), config, l2)
     lr.save_lr(fit, config, FIELD_MAP)
     return config, fit
 
@@ -155,7 +156,7 @@ def test_the_stored_model_scores_as_mllibs_own(
 ) -> None:
     config, fit = small
     vectors_df = {
-        split: lr.shard_vectors(
+        split: shard_vectors(
             spark, config, FIELD_MAP, split, str(config.workspace_path / "own" / split)
         )
         for split in ("train", "test")
@@ -207,8 +208,8 @@ def test_every_held_out_lr_is_fitted_on_the_other_rows_alone(
     parts = lr.held_out_parts(config, manifest)
     assert list(parts) == ["lr_fold_0", "lr_fold_1", "lr_fold_2", "lr_past_3"]
     vectors = str(config.workspace_path / "held_out_vectors")
-    train_df = lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors).cache()
-    aucs = lr.fit_held_out(train_df, parts, 1e-3, config, FIELD_MAP)
+    train_df = shard_vectors(spark, config, FIELD_MAP, "train", vectors).cache()
+    aucs = lr.fit_held_out(train_df, parts, 1e-3, config, FIELD_MAP, {})
     x, y = matrix_of(config, FIELD_MAP, "train")
     rows = pd.concat(
         pq.read_table(path, columns=["fold", "date"]).to_pandas()
@@ -235,7 +236,7 @@ def test_l2_is_chosen_by_the_validation_rows(
 ) -> None:
     config = held_out_config(make_config, small[0], l2=[1e-3, 10.0, 0.3])
     vectors_df = {
-        split: lr.shard_vectors(
+        split: shard_vectors(
             spark, config, FIELD_MAP, split, str(config.workspace_path / "path" / split)
         )
         for split in ("train", "test")
@@ -256,7 +257,7 @@ def test_a_part_without_both_labels_is_told(
 ) -> None:
     config = held_out_config(make_config, small[0])
     vectors = str(config.workspace_path / "one_label_vectors")
-    train_df = lr.shard_vectors(spark, config, FIELD_MAP, "train", vectors)
+    train_df = shard_vectors(spark, config, FIELD_MAP, "train", vectors)
     one_df = train_df.where("fold != 1 OR label = 0")
     parts = {f"lr_fold_{fold}": F.col("fold") != fold for fold in range(FOLDS)}
     [(name, why)] = lr.unfit_parts(one_df, parts).items()
@@ -331,7 +332,7 @@ def flights(
     config = config_file.load(FLIGHTS, [f"workspace={workspace}", "systems=[lr]", "lr.l2=1e-4"])
     for stage in ("ingest", "features", "train_lr"):
         pipeline.run_stage(stage, spark, config)
-    field_map = stages.read_field_map(config)
+    field_map = read_field_map(config)
     scores_df = score.shard_scores_df(
         spark, config, field_map, {"lr": workspace / "models/lr"}, "test"
     )
@@ -427,7 +428,7 @@ def test_the_flights_shards_hold_the_values_of_raw(
     config, field_map, _ = flights
     levels_df = tables.read(spark, config, "vocabulary").where("field = 'carrier'")
     names = {row["index"]: row["value"] for row in levels_df.collect()}
-    shards_df = lr.read_shards(spark, config, "test").select("row_id", "carrier", "label")
+    shards_df = read_shards(spark, config, "test").select("row_id", "carrier", "label")
     raw_df = tables.read(spark, config, "raw").withColumn("split", ingest.split_column(config))
     raw_df = raw_df.where("split = 'test'").select(
         "row_id", F.col("carrier").alias("value"), (F.col("arr_delay") > 15).alias("late")

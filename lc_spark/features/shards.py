@@ -17,7 +17,7 @@ from lc_spark.config import Config
 from lc_spark.encoder import Vocabulary, encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import prepared_column
-from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.field_map import FieldInfo, FieldMap, require_same
 from lc_spark.files import AnyPath
 from lc_spark.ingest import split_column
 
@@ -230,3 +230,10 @@ def read_manifest(config: Config) -> dict[str, Any]:
         raise LcSparkError(f"There are no shards in {path.parent}: run the stage 'features' first.")
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return manifest
+
+
+def read_field_map(config: Config) -> FieldMap:
+    """Return the workspace's field map, after a look whether the shards are of it."""
+    field_map = FieldMap.read(config.run_path / "field_map.json")
+    require_same(field_map.fingerprint, read_manifest(config)["fingerprint"], "The shards")
+    return field_map

@@ -4,6 +4,7 @@ Counting is by 64-bit hash with fixed-width aggregates; a second hash reveals a 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -74,12 +75,30 @@ def _counts_batch(name: str, counts: pa.StructArray) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names=["field", "value", "count"])
 
 
-def rank_values(counts_df: DataFrame, min_counts: Mapping[str, int]) -> DataFrame:
+@dataclass(frozen=True)
+class Given:
+    """Indices that values have from an earlier fit, and which values are too old to get one."""
+
+    known_df: DataFrame | None = None  # (field, index, value, hash): their indices stay
+    sizes: Mapping[str, int] = field(default_factory=dict)  # by field: new indices begin there
+    seen_df: DataFrame | None = None  # (field, hash) of values seen of late: others are left out
+
+
+FRESH = Given()
+
+
+def rank_values(
+    counts_df: DataFrame, min_counts: Mapping[str, int], given: Given = FRESH
+) -> DataFrame:
     """Rank counted values: index 0 missing, 1 rare, then count descending, value ascending.
 
-    Returns (field, index int, value, hash long, count long) with a null value and hash for
-    indices 0 and 1. Raises LcSparkError when two values of a field share a hash.
+    Values that are known keep their indices, new ones come after them. Returns (field, index int,
+    value, hash long, count long) with a null value and hash for indices 0 and 1. Raises
+    LcSparkError when two values of a field share a hash.
     """
+    if given.known_df is not None:
+        known_df = given.known_df.select("field", "value", F.lit(0).cast("long").alias("count"))
+        counts_df = counts_df.unionByName(known_df)
     # The seed goes first: chained after the value, it would hash a collision to a collision.
     hashed_df = counts_df.select(
         "field",
@@ -103,9 +122,9 @@ def rank_values(counts_df: DataFrame, min_counts: Mapping[str, int]) -> DataFram
             f"Field '{bad[0]['field']}': {pair} have the same 64-bit hash. Change one of them in "
             "the source (a prefix is enough)."
         )
-    kept_df = totals_df.where(_is_kept(min_counts)).select("field", "hash", "count")
+    kept_df = _kept(totals_df.select("field", "hash", "count"), min_counts, given)
     named_df = kept_df.join(values_df, ["field", "hash"]).dropDuplicates(["field", "hash"])
-    return _with_special_levels(_ranked(named_df, "value"), totals_df)
+    return _with_special_levels(_ranked(named_df, "value", given), totals_df)
 
 
 def count_indices(
@@ -141,7 +160,9 @@ def count_indices(
     )
 
 
-def rank_keys(key_counts_df: DataFrame, min_counts: Mapping[str, int]) -> DataFrame:
+def rank_keys(
+    key_counts_df: DataFrame, min_counts: Mapping[str, int], given: Given = FRESH
+) -> DataFrame:
     """Rank counted cross keys as rank_values ranks values; key 0 (all parents missing) is index 0.
 
     Returns (field, index int, key long, hash long, count long); hash is the key.
@@ -149,18 +170,36 @@ def rank_keys(key_counts_df: DataFrame, min_counts: Mapping[str, int]) -> DataFr
     totals_df = key_counts_df.where(F.col("field").isin(list(min_counts))).select(
         "field", F.nullif("key", F.lit(0)).alias("hash"), "count"
     )
-    kept_df = totals_df.where(_is_kept(min_counts)).withColumn("value", F.col("hash"))
-    return _with_special_levels(_ranked(kept_df, "hash"), totals_df)
+    if given.known_df is not None:
+        known_df = given.known_df.select("field", "hash", F.lit(0).cast("long").alias("count"))
+        both = totals_df.unionByName(known_df).groupBy("field", "hash")
+        totals_df = both.agg(F.sum("count").alias("count"))
+    kept_df = _kept(totals_df, min_counts, given).withColumn("value", F.col("hash"))
+    return _with_special_levels(_ranked(kept_df, "hash", given), totals_df)
 
 
-def _is_kept(min_counts: Mapping[str, int]) -> Column:
+def _kept(totals_df: DataFrame, min_counts: Mapping[str, int], given: Given) -> DataFrame:
+    """Return (field, hash, count, known) of values to index; known is the index of a known one."""
     cuts = F.create_map(*[F.lit(x) for pair in min_counts.items() for x in pair])
-    return F.col("hash").isNotNull() & (F.col("count") >= cuts[F.col("field")])
+    often = F.col("count") >= cuts[F.col("field")]
+    valued_df = totals_df.where(F.col("hash").isNotNull())
+    if given.known_df is not None:
+        known_df = given.known_df.select("field", "hash", F.col("index").alias("known"))
+        joined_df = valued_df.join(known_df, ["field", "hash"], how="left")
+        return joined_df.where(F.col("known").isNotNull() | often)
+    if given.seen_df is not None:
+        valued_df = valued_df.join(given.seen_df, ["field", "hash"], how="left_semi")
+    return valued_df.where(often).withColumn("known", F.lit(None).cast("int"))
 
 
-def _ranked(kept_df: DataFrame, tie_breaker: str) -> DataFrame:
-    order = Window.partitionBy("field").orderBy(F.desc("count"), F.asc(tie_breaker))
-    index = (F.row_number().over(order) + OUT_OF_VOCABULARY).cast("int")
+def _ranked(kept_df: DataFrame, tie_breaker: str, given: Given) -> DataFrame:
+    new = F.col("known").isNull()
+    order = Window.partitionBy("field", new).orderBy(F.desc("count"), F.asc(tie_breaker))
+    first: Column = F.lit(OUT_OF_VOCABULARY + 1)
+    if given.sizes:
+        sizes = F.create_map(*[F.lit(x) for pair in given.sizes.items() for x in pair])
+        first = sizes[F.col("field")]
+    index = F.coalesce("known", (first + F.row_number().over(order) - 1).cast("int"))
     return kept_df.select("field", index.alias("index"), "value", "hash", "count")
 
 

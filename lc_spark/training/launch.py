@@ -1,6 +1,7 @@
 """Turns a system of the config into a training run on the executors, through TorchDistributor."""
 
 import dataclasses
+import datetime
 import itertools
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -11,10 +12,11 @@ from pyspark.errors import PySparkException
 from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import SparkSession
 
-from lc_spark import facts, tracking
+from lc_spark import facts, refresh, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features import shards
+from lc_spark.refresh import Parent
 from lc_spark.systems import System, Training
 from lc_spark.training import lr
 from lc_spark.training.loop import run_rank
@@ -75,6 +77,9 @@ def train_spec(
         raise LcSparkError(f"'{system.name}' is an lr: the train_lr stage trains it.")
     training = config.training_of(system)
     folder = config.run_path
+    parent = refresh.parent_of(config)
+    if parent is not None:
+        training = training.model_copy(update={"epochs": config.refresh.epochs})
     held_out = lr.held_out_folders(config, training)
     unfit = facts.read(config, "train_lr")["unfit"] if held_out else {}
     for name in (PurePosixPath(place).name for place in held_out):
@@ -90,14 +95,21 @@ def train_spec(
         seed=config.seed if seed is None else seed,
         lr_model=None if training.start == "random" else str(folder / "models" / "lr"),
         held_out_lr=held_out,
-        first_date=_first_date(config, training),
+        first_date=_first_date(config, training, parent),
+        parent=None if parent is None else str(parent.path(config) / "models" / system.name),
+        parent_map=None if parent is None else str(parent.path(config) / "field_map.json"),
+        keep_state=config.split.by == "window",
         watch=watch,
         tracking_uri=None if run_id is None else tracking.uri_of(config),
         run_id=run_id,
     )
 
 
-def _first_date(config: Config, training: Training) -> int | None:
+def _first_date(config: Config, training: Training, parent: Parent | None) -> int | None:
+    """Return the first day that the network trains on, in days since 1970; None for all days."""
+    new = refresh.first_train_date(config, parent)
+    if new is not None:
+        return (new - datetime.date(1970, 1, 1)).days
     if training.start != "lr_past" or training.days is None:
         return None
     return shards.first_date(shards.read_manifest(config), training.days)

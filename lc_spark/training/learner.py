@@ -21,6 +21,12 @@ from lc_spark.training.optim import RowAdam
 from lc_spark.training.start import Copies
 from lc_spark.training.world import World
 
+# The parts of a state that have a row a feature.
+TABLES = (
+    "model.m1.", "model.wide", "model.first", "copies",
+    "rows.first.", "rows.second.", "copy_rows.first.", "copy_rows.second.",
+)  # fmt: skip
+
 
 class Read(NamedTuple):
     """Rows of tables that a step read, one leaf a table, and who updates them."""
@@ -189,6 +195,30 @@ class Learner:
             tensors["copies"] = self.copies.table
             tensors |= {f"copy_rows.{name}": t for name, t in self.copies.row_adam.state().items()}
         return tensors
+
+    def take_over(self, tensors: dict[str, Tensor], places: Tensor) -> None:
+        """Go on from what state returned in a run over fewer features.
+
+        places int64 [n] says where each of its n features is among the d of this network; features
+        that it did not have keep the start that they have here.
+        """
+        mine, d = self.state(), self.model.architecture["d"]
+        missing = {name for name in mine if name not in tensors}
+        if missing:
+            raise LcSparkError(
+                f"The model to go on from lacks {', '.join(sorted(missing))}: its settings differ. "
+                "Set refresh.mode to scratch once."
+            )
+        grown = {}
+        for name, old in tensors.items():
+            new = mine.get(name)
+            if new is None or not name.startswith(TABLES):
+                grown[name] = old
+            else:  # a table of all features, or one for each fold
+                by_fold = new.clone().view(-1, d, new.shape[1])
+                by_fold[:, places] = old.view(len(by_fold), len(places), -1).to(new.device)
+                grown[name] = by_fold.view(new.shape)
+        self.load_state(grown)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take over what state returned."""

@@ -23,15 +23,22 @@ from lc_spark.systems import HELD_OUT, Training
 from lc_spark.training import checkpoint, loader, metrics, models
 from lc_spark.training.learner import Learner
 from lc_spark.training.memory import check_memory
-from lc_spark.training.spec import TrainSpec, curves, finished, note_result, note_state
-from lc_spark.training.start import at_start
-from lc_spark.training.world import LineStream, World, joined
+from lc_spark.training.spec import (
+    LEARNER_FILE,
+    TrainSpec,
+    curves,
+    finished,
+    note_result,
+    note_state,
+)
+from lc_spark.training.start import at_start, go_on
+from lc_spark.training.tensors import save_tensors
+from lc_spark.training.world import World, joined, progress_bar
 
 if TYPE_CHECKING:
     from lc_spark.tracking import StageRun
 
 LOG_EVERY_STEPS = 50
-PROGRESS_SECONDS = 5.0
 EVALUATION_BATCH_SIZE = 8192
 
 
@@ -112,7 +119,9 @@ class _Trainer:
         torch.manual_seed(self.spec.seed)  # the same start on every rank
         model, copies = at_start(self.spec, self.settings, self.field_map)
         steps = self.steps * self.settings.epochs
-        return Learner(model, self.settings, steps, self.world, copies)
+        learner = Learner(model, self.settings, steps, self.world, copies)
+        go_on(self.spec, learner, self.field_map)
+        return learner
 
     def _stage_run(self) -> "StageRun | None":
         if self.world.rank != 0 or self.spec.tracking_uri is None or self.spec.run_id is None:
@@ -182,7 +191,8 @@ class _Trainer:
             self.spec.seed,
             self.spec.first_date,
         )
-        with self._bar(epoch) as bar, contextlib.closing(batches):
+        bar = progress_bar(self.world, f"{self.spec.name} epoch {epoch}", self.rows)
+        with bar, contextlib.closing(batches):
             for look, (begin, end) in enumerate(itertools.pairwise([0, *ends]), start=1):
                 if begin == end or self._stopped_early(epoch):
                     continue
@@ -195,18 +205,6 @@ class _Trainer:
             progress = {"epochs": self.history}
             identity = {**self.spec.identity(), "ranks": self.world.size}
             checkpoint.save(self.output / "checkpoint", epoch, identity, state, progress)
-
-    def _bar(self, epoch: int) -> "tqdm[NoReturn]":
-        return tqdm(
-            desc=f"{self.spec.name} epoch {epoch}",
-            total=self.rows,
-            unit=" rows",
-            unit_scale=True,
-            mininterval=PROGRESS_SECONDS,
-            ascii=True,
-            disable=self.world.rank != 0,
-            file=LineStream(),
-        )
 
     def _steps(
         self, batches: Iterable[loader.Batch], epoch: int, begin: int, bar: "tqdm[NoReturn]"
@@ -242,6 +240,8 @@ class _Trainer:
         if self.world.rank == 0 and self._best() is entry:
             description = {"name": self.spec.name, "best": entry}
             models.save(self.learner.model, self.output, self.field_map.fingerprint, description)
+            if self.spec.keep_state:
+                save_tensors(self.learner.state(), self.output / LEARNER_FILE)
 
     def _log(self, entry: dict[str, Any]) -> None:
         """Log the numbers after a part of an epoch; the step counts those parts."""

@@ -1,8 +1,8 @@
 """Trains LR with Spark MLlib on the shards, and gives its weights readable values."""
 
-import itertools
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,24 +10,22 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from pyspark.ml.classification import LogisticRegression, LogisticRegressionModel
+from pyspark.ml.common import _py2java
 from pyspark.ml.functions import vector_to_array
-from pyspark.ml.linalg import VectorUDT
+from pyspark.ml.linalg import DenseVector
 from pyspark.sql import Column, DataFrame, SparkSession, Window, WindowSpec
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from lc_spark import metrics
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
-from lc_spark.features.shards import first_date, part_files
-from lc_spark.field_map import FieldInfo, FieldMap
-from lc_spark.files import uri
+from lc_spark.features.shards import first_date
+from lc_spark.field_map import FieldMap
+from lc_spark.files import AnyPath
 from lc_spark.systems import Training
 from lc_spark.training import models
 
 log = logging.getLogger("lc_spark")
-
-MAX_FEATURES = 2**31 - 1  # MLlib's vectors have int32 indices
 
 
 @dataclass(frozen=True)
@@ -42,82 +40,26 @@ class LrFit:
     seconds: float
 
 
-def shard_vectors(
-    spark: SparkSession, config: Config, field_map: FieldMap, split: str, folder: str
-) -> DataFrame:
-    """Return (row_id, label, fold, date, features) of a split, features as MLlib's sparse vectors.
+@dataclass(frozen=True)
+class LrStart:
+    """Where L-BFGS begins: weights float64 [d] and bias."""
 
-    The vectors' struct is written to a folder and read back as vectors: Parquet is where Spark
-    turns the one into the other without a Python function.
-    """
-    if field_map.d > MAX_FEATURES:
-        raise LcSparkError(
-            f"MLlib's vectors hold {MAX_FEATURES:,} features, these fields have {field_map.d:,}: "
-            "raise min_count or hash the largest fields."
-        )
-    shards_df = read_shards(spark, config, split)
-    indices, values = [], []
-    runs = itertools.groupby(field_map.fields, key=lambda info: info.kind == "multivalued")
-    for is_list, run in runs:
-        infos = list(run)
-        if is_list:
-            for info in infos:
-                present = F.filter(F.col(f"`{info.name}`"), lambda index: index >= 0)
-                indices.append(F.transform(present, _plus(info.offset)))
-                values.append(F.array_repeat(F.lit(1.0), F.size(present)))
-        else:
-            indices.append(F.array(*[_index_column(info) for info in infos]))
-            values.append(F.array(*[_value_column(info) for info in infos]))
-    vector = F.struct(
-        F.lit(0).cast("tinyint").alias("type"),
-        F.lit(field_map.d).alias("size"),
-        F.concat(*indices).alias("indices"),
-        F.concat(*values).alias("values"),
-    )
-    columns = ["row_id", "label", "fold", "date"]
-    shards_df.select(*columns, vector.alias("features")).write.mode("overwrite").parquet(folder)
-    schema = T.StructType(
-        [*[shards_df.schema[c] for c in columns], T.StructField("features", VectorUDT())]
-    )
-    return spark.read.schema(schema).parquet(folder)
-
-
-def _plus(offset: int) -> Any:
-    return lambda index: index + F.lit(offset)
-
-
-def _index_column(info: FieldInfo) -> Column:
-    column = F.col(f"`{info.name}`")
-    if info.kind == "continuous":
-        return F.lit(info.offset) + F.when(F.isnan(column), 0).otherwise(1)
-    return F.lit(info.offset) + column
-
-
-def _value_column(info: FieldInfo) -> Column:
-    if info.kind != "continuous":
-        return F.lit(1.0)
-    column = F.col(f"`{info.name}`").cast("double")
-    return F.when(F.isnan(column), 1.0).otherwise(column)
-
-
-def read_shards(spark: SparkSession, config: Config, split: str) -> DataFrame:
-    """Return the encoded rows of a split as the shards hold them."""
-    files = part_files(config.run_path / "shards", split)
-    if not files:
-        raise LcSparkError(f"There are no {split} shards: run the stage 'features' first.")
-    return spark.read.parquet(*map(uri, files))
+    weights: NDArray[np.float64]
+    bias: float
 
 
 def fit_lr(
-    vectors_df: DataFrame, config: Config, l2: float
+    vectors_df: DataFrame, config: Config, l2: float, start: LrStart | None = None
 ) -> tuple[LrFit, LogisticRegressionModel]:
-    """Fit MLlib's LogisticRegression by L-BFGS on (label, features), from zero weights."""
+    """Fit MLlib's LogisticRegression by L-BFGS on (label, features), from a start or zero."""
     estimator = LogisticRegression(
         maxIter=config.lr.max_iterations,
         regParam=l2,
         tol=config.lr.tolerance,
         standardization=False,  # one-hot inputs share a scale; continuous ones are standardised
     )
+    if start is not None:
+        _begin_at(estimator, start)
     started = time.perf_counter()
     model = estimator.fit(vectors_df)
     seconds = time.perf_counter() - started
@@ -133,6 +75,26 @@ def fit_lr(
     return fit, model
 
 
+def _begin_at(estimator: LogisticRegression, start: LrStart) -> None:
+    """Give MLlib's estimator its initial model, which Scala has and Python does not show."""
+    context = SparkSession.active().sparkContext
+    assert context._jvm is not None, "a session is active"
+    assert estimator._java_obj is not None, "it is an estimator of Scala's"
+    weights = _py2java(context, DenseVector(start.weights))
+    package = context._jvm.org.apache.spark.ml.classification
+    initial = package.LogisticRegressionModel("start", weights, start.bias)
+    estimator._java_obj.setInitialModel(initial)
+
+
+def start_of(folder: AnyPath, places: NDArray[np.int64], d: int) -> LrStart:
+    """Return the weights of a saved LR as a start over d features, zero where it had none."""
+    model, _ = models.load(folder)
+    assert isinstance(model, models.Lr), "an LR's folder holds an LR"
+    weights = np.zeros(d)
+    weights[places] = model.weight.detach().double().numpy()
+    return LrStart(weights, float(model.bias))
+
+
 def scores_df(model: LogisticRegressionModel, vectors_df: DataFrame) -> DataFrame:
     """Return (label, score) of vectors."""
     positive = vector_to_array(F.col("probability"))[1]
@@ -140,7 +102,7 @@ def scores_df(model: LogisticRegressionModel, vectors_df: DataFrame) -> DataFram
 
 
 def fit_path(
-    train_df: DataFrame, valid_df: DataFrame, config: Config
+    train_df: DataFrame, valid_df: DataFrame, config: Config, start: LrStart | None = None
 ) -> tuple[LrFit, LogisticRegressionModel, dict[float, float]]:
     """Fit LR for every lr.l2; return the one with the lowest validation log loss, and all of these.
 
@@ -149,7 +111,7 @@ def fit_path(
     tried = []
     losses: dict[float, float] = {}
     for l2 in sorted(config.lr.l2, reverse=True):
-        fit, model = fit_lr(train_df, config, l2)
+        fit, model = fit_lr(train_df, config, l2, start)
         losses[l2] = metrics.log_loss(scores_df(model, valid_df))
         log.info("train_lr: l2 %g: validation log loss %.5f (%.0f s)", l2, losses[l2], fit.seconds)
         tried.append((fit, model))
@@ -195,16 +157,22 @@ def held_out_folders(config: Config, training: Training) -> tuple[str, ...]:
 
 
 def fit_held_out(
-    train_df: DataFrame, parts: dict[str, Column], l2: float, config: Config, field_map: FieldMap
+    train_df: DataFrame,
+    parts: dict[str, Column],
+    l2: float,
+    config: Config,
+    field_map: FieldMap,
+    starts: Mapping[str, LrStart],
 ) -> dict[str, float]:
     """Fit and save an LR for each part of the train rows; return AUC on the rows they do not see.
 
-    Each fit begins at zero: weights that have seen a row would bring it back in. The AUC of the
-    folds is over all their rows together ("lr_cross_fitted"), that of lr_past under its name.
+    A fit begins at zero, or where an earlier one of the same fold ended: weights that have seen a
+    row would bring it back in. The AUC of the folds is over all their rows together
+    ("lr_cross_fitted"), that of lr_past under its name.
     """
     unseen: dict[str, DataFrame] = {}
     for name, seen in parts.items():
-        fit, model = fit_lr(train_df.where(seen), config, l2)
+        fit, model = fit_lr(train_df.where(seen), config, l2, starts.get(name))
         save_lr(fit, config, field_map, name)
         log.info("train_lr: %s: %d passes (%.0f s)", name, fit.iterations, fit.seconds)
         group = "lr_cross_fitted" if name.startswith("lr_fold_") else name

@@ -11,6 +11,7 @@ from lc_spark.systems import SystemKind
 from lc_spark.training import loader, models
 
 RESULT_FILE = "result.json"
+LEARNER_FILE = "learner.safetensors"  # weights and optimisers of the kept model
 STATE_FILE = "state.json"  # of a run that has begun and not ended well
 
 
@@ -29,6 +30,9 @@ class TrainSpec:
     # Folders of LRs that have not seen a row's fold, or the later days; empty with other starts.
     held_out_lr: tuple[str, ...] = ()
     first_date: int | None = None  # the network trains from this day on (days since 1970)
+    parent: str | None = None  # folder of the trained model to go on from, of a smaller field map
+    parent_map: str | None = None  # file of that map
+    keep_state: bool = False  # so that a later run can go on from this one
     watch: tuple[str, ...] = ()  # further splits to look at; they decide nothing
     tracking_uri: str | None = None
     run_id: str | None = None
@@ -38,6 +42,7 @@ class TrainSpec:
         files = [as_path(self.shards) / loader.MANIFEST_FILE]
         lr_folders = [*self.held_out_lr, *([self.lr_model] if self.lr_model else [])]
         files += [as_path(folder) / models.MODEL_FILE for folder in lr_folders]
+        files += [as_path(self.parent) / LEARNER_FILE] if self.parent else []
         data = hashlib.sha256()
         for path in files:
             # One that is missing is reported by whoever needs it.

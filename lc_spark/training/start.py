@@ -5,6 +5,8 @@ LR fits the rare values of its own rows almost perfectly, and of no others. So M
 each of an LR that has not seen the rows which read it.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,11 @@ from lc_spark.systems import HELD_OUT, Training
 from lc_spark.training import models
 from lc_spark.training.models import LcNetwork, Lr, TrainedNetwork
 from lc_spark.training.optim import RowAdam
-from lc_spark.training.spec import TrainSpec
+from lc_spark.training.spec import LEARNER_FILE, TrainSpec
+from lc_spark.training.tensors import load_tensors
+
+if TYPE_CHECKING:
+    from lc_spark.training.learner import Learner
 
 
 class Copies:
@@ -77,6 +83,15 @@ def at_start(
     to_the_end = start == "frozen" or settings.m1 == "joint" or settings.joint_epochs == 0
     model.m1.weight.requires_grad_(not (settings.channels == 1 and to_the_end))
     return model, copies
+
+
+def go_on(spec: TrainSpec, learner: "Learner", field_map: FieldMap) -> None:
+    """Let a learner go on from the spec's parent, where there is one."""
+    if spec.parent is None or spec.parent_map is None:
+        return
+    learner.world.say(f"{spec.name}: going on from {spec.parent}")
+    places = FieldMap.read(as_path(spec.parent_map)).places_in(field_map)
+    learner.take_over(load_tensors(as_path(spec.parent) / LEARNER_FILE), torch.from_numpy(places))
 
 
 def _lr(folder: str | None, field_map: FieldMap, start: str) -> Lr:

@@ -10,12 +10,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from lc_spark.errors import LcSparkError
+
+PROGRESS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,20 @@ def joined(device: str) -> Iterator[World]:
         torch.set_num_threads(threads)
         if size > 1:
             dist.destroy_process_group()
+
+
+def progress_bar(world: World, title: str, rows: int) -> "tqdm[NoReturn]":
+    """Return a bar over rows that rank 0 shows."""
+    return tqdm(
+        desc=title,
+        total=rows,
+        unit=" rows",
+        unit_scale=True,
+        mininterval=PROGRESS_SECONDS,
+        ascii=True,
+        disable=world.rank != 0,
+        file=LineStream(),
+    )
 
 
 class LineStream:
