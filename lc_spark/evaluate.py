@@ -13,6 +13,7 @@ from lc_spark.config import Config
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.evaluation_report import Evaluated, base_content, parameters_of, run_content
 from lc_spark.facts import Facts
+from lc_spark.features import drift
 from lc_spark.field_map import FieldMap
 from lc_spark.metrics import Metrics
 from lc_spark.score import shard_scores_df
@@ -201,4 +202,7 @@ def make_bundle(config: Config, system: System) -> Path:
         source / "vocabulary.parquet",
     ):
         shutil.copy2(path, bundle)
+    counts = source / drift.TRAIN_COUNTS
+    if counts.is_file():  # shards made by an earlier version have none
+        shutil.copy2(counts, bundle)
     return bundle

@@ -14,11 +14,12 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import evaluate, figures, ingest, metrics, registry, score, tables, tracking
+from lc_spark import evaluate, figures, ingest, metrics, scoring, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import history
 from lc_spark.facts import Facts
+from lc_spark.features import drift
 from lc_spark.features.auto_crosses import ChosenCross, choose_crosses
 from lc_spark.features.fit import fit_features
 from lc_spark.features.shards import read_manifest, write_shards
@@ -72,6 +73,9 @@ def features_stage(
                 "were written. Run the stage 'features' again."
             )
         field_map = fitted.field_map
+        train_counts = drift.count_shards(lr.read_shards(spark, config, "train"), field_map)
+        counts_path = config.workspace_path / drift.TRAIN_COUNTS
+        counts_path.write_text(train_counts.to_json(), encoding="utf-8")
         run.log_params({"features": field_map.d, "fields": len(field_map.fields)})
         run.log_metrics({f"{split}_rows": n for split, n in shard_rows.items()})
         run.log_text(field_map.to_json(), "field_map.json")
@@ -236,23 +240,9 @@ def evaluate_stage(
 def score_stage(
     spark: SparkSession, config: Config, parent: str, date: datetime.date | None
 ) -> Facts:
-    """Rows of raw (of a date, or all) and the champion -> Delta scores."""
+    """Source rows of a date, or all of raw, and the champion -> Delta scores, drift of fields."""
     with tracking.stage(config, parent, "score") as run:
-        model_uri = f"models:/{config.model_name}@champion"
-        model_version = registry.version_of(config, model_uri)
-        bundle = registry.download(config, model_version)
-        raw_df = tables.read(spark, config, "raw")
-        condition = None if date is None else tables.date_condition("date", date)
-        rows_df = raw_df if condition is None else raw_df.where(condition)
-        scores_df = score.raw_scores_df(rows_df, bundle).withColumn("model", F.lit(model_version))
-        version = tables.write(scores_df, config, "scores", ("date",), condition)
-        written_df = tables.read(spark, config, "scores", version)
-        n = (written_df if condition is None else written_df.where(condition)).count()
-        if n == 0:
-            raise LcSparkError(f"There are no rows in 'raw' for {date}: run 'ingest' for it first.")
-        run.log_metrics({"rows": n})
-        run.set_tags({"scores_version": str(version), "date": str(date or "all")})
-        return {"rows": n, "run_id": run.run_id, "summary": f"{n:,} rows scored into table scores"}
+        return scoring.score_with_champion(spark, config, run, date)
 
 
 def read_field_map(config: Config) -> FieldMap:
