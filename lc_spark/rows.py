@@ -5,6 +5,7 @@ have in ``raw``.
 """
 
 import datetime
+import re
 from collections.abc import Collection, Mapping
 
 from pyspark.errors import AnalysisException
@@ -116,11 +117,9 @@ def unlabelled_df(
         c: t for c, t in columns.items() if c not in OWN and present.get(c, t) != t
     }
     types = {c: t for c, t in wanted.items() if c in present}
-    derive = {
-        c: sql
-        for c, sql in config.source.derive.items()
-        if c in columns or _can_be_made(source_df, sql)
-    }
+    words = set(re.findall(r"\w+", config.source.date or ""))
+    needed = {*columns, *config.source.row_id, *words}
+    derive = {c: sql for c, sql in config.source.derive.items() if c in needed}
     parsed = parsed_df(source_df, config, date, types, columns, derive)
     rows_df = like_raw_df(parsed, F.coalesce("__unfit", "__misdated").alias("__aside"))
     for column in columns:
@@ -131,15 +130,6 @@ def unlabelled_df(
                 f"{nearest(column, known)} It has: {', '.join(known)}"
             )
     return rows_df
-
-
-def _can_be_made(source_df: DataFrame, sql: str) -> bool:
-    """Return whether the source has the columns that an expression names."""
-    try:
-        source_df.select(F.expr(sql))
-    except AnalysisException as error:
-        return not (error.getCondition() or "").startswith("UNRESOLVED_COLUMN")
-    return True
 
 
 def check_date(config: Config, date: datetime.date | None, to_do: str) -> None:

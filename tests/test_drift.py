@@ -134,9 +134,8 @@ def test_the_index_by_hand() -> None:
 def test_chance_is_the_mean_index_of_two_samples_of_one_population() -> None:
     random = np.random.default_rng(1)
     shares = np.full(11, 1 / 11)
-    pairs = [
-        (random.multinomial(5000, shares), random.multinomial(400, shares)) for _ in range(500)
-    ]
+    before, now = random.multinomial(5000, shares, 500), random.multinomial(400, shares, 500)
+    pairs = list(zip(before, now, strict=True))
     mean = np.mean([drift.psi(*pair) for pair in pairs])
     assert mean == pytest.approx(drift.psi_by_chance(*pairs[0]), rel=0.1)
 
