@@ -102,6 +102,15 @@ class Evaluation(Section):
     )
 
 
+class Scoring(Section):
+    """When scored rows differ so much from the train rows that somebody should look."""
+
+    # 0.1 and 0.2 are the usual steps (Wu and Olson 2010, J. Oper. Res. Soc. 61(2)).
+    psi: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="warn of a field whose population stability index is above"
+    )
+
+
 class Tracking(Section):
     """MLflow: default is an SQLite store in the workspace."""
 
@@ -140,6 +149,7 @@ class Config(Section):
     experiment: Experiment = Experiment()
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
+    scoring: Scoring = Scoring()
     tracking: Tracking = Tracking()
     spark: Spark = Spark()
 

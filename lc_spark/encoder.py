@@ -5,6 +5,7 @@ call it. It needs neither Spark nor torch.
 """
 
 import datetime
+import functools
 import hashlib
 import io
 import math
@@ -211,19 +212,32 @@ def prepare_pandas(raw: pd.DataFrame, field_map: FieldMap) -> dict[str, pa.Array
         if info.kind == "crossed":
             continue
         values = raw[info.column] if info.column in raw else pd.Series([None] * len(raw))
-        if info.kind in ("bucketed", "continuous"):
-            try:
-                numbers = pd.to_numeric(values, errors="raise").astype("float64").to_numpy()
-            except (ValueError, TypeError) as error:
-                raise LcSparkError(f"Column '{info.column}' must hold numbers: {error}") from error
-            prepared[info.name] = pa.array(numbers, pa.float64(), from_pandas=True)
-        elif info.kind == "categorical":
-            prepared[info.name] = pa.array(_hashes(values, info), pa.int64())
-        else:
-            sets = [_hashes(pd.Series(_split(v, info), dtype=object), info) for v in values]
-            lists = [[value for value in found if value is not None] for found in sets]
-            prepared[info.name] = pa.array(lists, pa.list_(pa.int64()))
+        try:
+            if info.kind in ("bucketed", "continuous"):
+                prepared[info.name] = pa.array(_as_numbers(values), pa.float64(), from_pandas=True)
+            elif info.kind == "categorical":
+                hash_of = _hasher(info)
+                hashes = [hash_of(value) for value in values.tolist()]
+                prepared[info.name] = pa.array(hashes, pa.int64())
+            else:
+                prepared[info.name] = pa.array(_hashed_lists(values, info), pa.list_(pa.int64()))
+        except (ValueError, TypeError, OverflowError) as error:
+            number = info.kind in ("bucketed", "continuous")
+            wanted = "numbers" if number else f"values of type {info.column_type}"
+            raise LcSparkError(f"Column '{info.column}' must hold {wanted}: {error}") from error
     return prepared
+
+
+def _as_numbers(values: pd.Series) -> NDArray[np.float64]:
+    if values.dtype.kind not in "iuf":
+        values = pd.to_numeric(values, errors="raise")
+    return values.to_numpy(np.float64, na_value=math.nan)
+
+
+def _hashed_lists(values: pd.Series, info: FieldInfo) -> list[list[int]]:
+    hash_of = _hasher(info)
+    found = ([hash_of(value) for value in _split(texts, info)] for texts in values.tolist())
+    return [[value for value in hashes if value is not None] for hashes in found]
 
 
 def _split(value: Any, info: FieldInfo) -> list[Any]:
@@ -233,21 +247,20 @@ def _split(value: Any, info: FieldInfo) -> list[Any]:
         return value.split(info.delimiter)
     if isinstance(value, list | tuple | np.ndarray):
         return list(value)
-    raise LcSparkError(f"Column '{info.column}' must hold lists of values, not {value!r}.")
+    raise ValueError(f"{value!r} is no list of values")
 
 
-def _hashes(values: pd.Series, info: FieldInfo) -> list[int | None]:
+def _hasher(info: FieldInfo) -> Callable[[Any], int | None]:
+    """Return what hashes one value of a field, an equal one only once; None where it is missing."""
     element_type = info.column_type.removeprefix("array<").removesuffix(">")
     text = _TEXT_OF.get(element_type, _integer_text)
-    try:
-        codes, uniques = pd.factorize(values.astype(object))
-        texts = [text(value) for value in uniques]
-    except (ValueError, TypeError) as error:
-        raise LcSparkError(
-            f"Column '{info.column}' must hold values of type {info.column_type}: {error}"
-        ) from error
-    hashes = [hash_text(value) for value in texts]
-    return [hashes[code] if code >= 0 else None for code in codes]
+
+    @functools.lru_cache(maxsize=None, typed=True)
+    def hash_of(value: Any) -> int | None:
+        missing = value is None or value is pd.NA or value != value
+        return None if missing else hash_text(text(value))
+
+    return hash_of
 
 
 def hash_text(text: str) -> int | None:

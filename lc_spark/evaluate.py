@@ -13,6 +13,7 @@ from lc_spark.config import Config
 from lc_spark.errors import LcSparkError, nearest
 from lc_spark.evaluation_report import Evaluated, base_content, parameters_of, run_content
 from lc_spark.facts import Facts
+from lc_spark.features import drift
 from lc_spark.field_map import FieldMap
 from lc_spark.metrics import Metrics
 from lc_spark.score import shard_scores_df
@@ -199,3 +200,6 @@ def make_bundle(config: Config, system: System, bundle: Path) -> None:
         source / "vocabulary.parquet",
     ):
         files.copy(path, bundle / path.name)
+    counts = source / drift.TRAIN_COUNTS
+    if counts.is_file():  # shards made by an earlier version have none
+        files.copy(counts, bundle / counts.name)

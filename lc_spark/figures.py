@@ -148,6 +148,18 @@ def seconds_per_epoch(speeds: Mapping[str, tuple[float, float]]) -> Figure:
     return figure
 
 
+def field_drift(indices: Mapping[str, float], threshold: float) -> Figure:
+    """Draw the population stability index of fields as bars, those given first on top."""
+    figure, axes = _axes("Drift against the train rows", "population stability index", "")
+    figure.set_size_inches(SIZE[0] * 1.4, 1.2 + 0.22 * len(indices))
+    colours = [COLOURS[1] if index > threshold else COLOURS[0] for index in indices.values()]
+    axes.barh(list(indices), list(indices.values()), color=colours, height=0.7)
+    axes.axvline(threshold, color="#888888", linewidth=0.8, linestyle="--")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
+    return figure
+
+
 def as_svg(figure: Figure) -> str:
     """Return a figure as an <svg> element to put into HTML, its text kept as text.
 

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
-from lc_spark import tables
+from lc_spark import rows, tables
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import column_types
 from lc_spark.field_kinds import Crossed
+from lc_spark.rows import OWN
 from lc_spark.sources import CORRUPT, first_line, read_source
-
-NO_DATE = datetime.date(1970, 1, 1)  # the one partition of a log without dates
-ADDED = (CORRUPT, "__reason", "__record", "__label", "__date", "__row_id")
-OWN = ("row_id", "label", "date")  # columns of ``raw`` that are not the source's
 
 
 @dataclass(frozen=True)
@@ -30,36 +26,40 @@ class Ingested:
     raw_version: int
 
 
-def ingest(spark: SparkSession, config: Config, date: datetime.date | None = None) -> Ingested:
-    """Write the rows of one day, or of all days, to ``raw`` and ``rejected``.
+def ingest(
+    spark: SparkSession,
+    config: Config,
+    date: datetime.date | None = None,
+    first: datetime.date | None = None,
+) -> Ingested:
+    """Write the rows of one day, of the days from first to date, or of all, to raw and rejected.
 
     A day's rows replace that day; without a date everything is replaced. ``raw`` has the source's
     columns and row_id (int64), label (float, 0 or 1), date. Raises LcSparkError, before ``raw`` is
     touched, when more than source.max_rejected of the rows are rejected or none is left.
     """
-    _check_date(config, date)
-    raw_types = {} if date is None else _raw_types(spark, config)
-    checked_df = _checked(read_source(spark, config, date), config, date, raw_types)
-    condition = None if date is None else tables.date_condition("date", date)
+    rows.check_date(config, date, "ingest")
+    raw_types = {} if date is None else rows.raw_types(spark, config)
+    checked_df = _checked(
+        read_source(spark, config, date if first is None else None), config, date, raw_types, first
+    )
+    condition = None if date is None else tables.date_condition("date", date, first)
     counts = _counts(checked_df)
     source_rows, good_rows = sum(counts.values()), counts.pop(None, 0)
     rejected = {reason: n for reason, n in counts.items() if reason is not None}
     set_aside_df = checked_df.where(F.col("__reason").isNotNull()).select(
         F.col("__reason").alias("reason"),
-        (F.lit(date) if date else F.col("__date")).cast("date").alias("date"),
+        (F.lit(date) if date and first is None else F.coalesce("__date", F.lit(date)))
+        .cast("date")
+        .alias("date"),
         F.col("__record").alias("record"),
     )
     # Few rows of any reason: one file, without reading the source in one task.
     tables.write(set_aside_df.repartition(1), config, "rejected", replace_where=condition)
     _check_share(config, source_rows, sum(rejected.values()), rejected)
     good_df = checked_df.where(F.col("__reason").isNull())
-    kept = [c for c in checked_df.columns if c not in ADDED and c.lower() not in OWN]
-    raw_df = good_df.select(
-        *[f"`{c}`" for c in kept],
-        F.col("__row_id").alias("row_id"),
-        F.col("__label").cast("float").alias("label"),
-        F.col("__date").alias("date"),
-    )
+    label = F.col("__label").cast("float").alias("label")
+    raw_df = rows.like_raw_df(good_df, label).drop("__label", "__reason")
     # Rows of a day come together first, large days in several tasks: few files a day.
     by_date_df = raw_df.hint("rebalance", "date")
     version = tables.write(by_date_df, config, "raw", ("date",), condition)
@@ -73,101 +73,49 @@ def ingest(spark: SparkSession, config: Config, date: datetime.date | None = Non
     return Ingested(source_rows, raw_rows, rejected, version)
 
 
-def _check_date(config: Config, date: datetime.date | None) -> None:
-    if date is not None and config.source.date is None:
-        raise LcSparkError(
-            f"To ingest one day ({date}), source.date must say which column or SQL expression "
-            "holds a row's day."
-        )
-
-
-def _raw_types(spark: SparkSession, config: Config) -> dict[str, str]:
-    """Return column -> SQL type of the days that are in ``raw``, which another day must fit."""
-    if not tables.exists(spark, config, "raw"):
-        return {}
-    fields = tables.read(spark, config, "raw").schema.fields
-    return {f.name: f.dataType.simpleString() for f in fields if f.name not in OWN}
-
-
 def _checked(
-    source_df: DataFrame, config: Config, date: datetime.date | None, raw_types: dict[str, str]
+    source_df: DataFrame,
+    config: Config,
+    date: datetime.date | None,
+    raw_types: dict[str, str],
+    first: datetime.date | None,
 ) -> DataFrame:
-    """Add __reason (null for a usable row), __record, __label, __date, __row_id; cast columns."""
-    if CORRUPT not in source_df.columns:
-        source_df = source_df.withColumn(CORRUPT, F.lit(None).cast("string"))
-    try:
-        cast_df = _cast(source_df, _wanted_types(source_df, config, raw_types))
-    except AnalysisException as error:
-        raise LcSparkError(f"source.types cannot be applied: {first_line(error)}") from error
-    cast_df = _derive(cast_df, config)
-    column_types(cast_df, config.fields)  # a field that the table lacks, or of a wrong type
+    """Add __reason (null for a usable row) and __label to what ``rows.parsed_df`` adds."""
+    types = rows.wanted_types(source_df, config, raw_types)
+    unknown = [c for c in types if c not in source_df.columns]
+    if unknown:
+        raise LcSparkError(
+            f"source.types names '{unknown[0]}', which the table lacks. It has: "
+            f"{', '.join(c for c in source_df.columns if c != CORRUPT)}"
+        )
+    derive = config.source.derive
+    parsed_df = rows.parsed_df(source_df, config, date, types, types, derive, first)
+    column_types(parsed_df, config.fields)  # a field that the table lacks, or of a wrong type
     _check_own_columns(config)
-    own = [c for c in source_df.columns if c != CORRUPT]
     label = F.expr(config.label)
     as_boolean = label.cast("string").try_cast("boolean").cast("double")  # a text "true"
+    rejects = [F.when(F.expr(when), reason) for reason, when in config.source.reject.items()]
     try:
-        checked_df = cast_df.select(
-            *[f"`{c}`" for c in cast_df.columns],
+        labelled_df = parsed_df.select(
+            *[f"`{c}`" for c in parsed_df.columns],
             F.coalesce(label.cast("double"), as_boolean).alias("__label"),
-            _date_column(config).alias("__date"),
-            _row_id_column(config, own).alias("__row_id"),
-            F.coalesce(
-                F.col("__unfit"),
-                *[F.when(F.expr(when), reason) for reason, when in config.source.reject.items()],
-            ).alias("__rejected"),
+            F.coalesce(F.lit(None).cast("string"), *rejects).alias("__rejected"),
         )
     except AnalysisException as error:
         raise LcSparkError(
-            "label, source.date, source.row_id or source.reject cannot be evaluated: "
-            f"{first_line(error)}"
+            f"label or source.reject cannot be evaluated: {first_line(error)}"
         ) from error
-    if date is not None and "{date}" not in (config.source.path or ""):
-        checked_df = checked_df.where(F.col("__date").isNull() | (F.col("__date") == F.lit(date)))
     found = F.col("__label")
-    return checked_df.withColumn(
+    return labelled_df.withColumn(
         "__reason",
         F.coalesce(
-            F.col("__rejected"),
-            F.when(F.col("__date").isNull(), "no date"),
-            F.when(F.col("__date") != F.lit(date), "date of another day") if date else F.lit(None),
+            "__unfit",
+            "__rejected",
+            "__misdated",
             F.when(found.isNull() | F.isnan(found), "no label"),
             F.when(~found.isin(0.0, 1.0), "label is not 0 or 1"),
         ),
-    ).drop("__unfit", "__rejected")
-
-
-def _cast(source_df: DataFrame, wanted: dict[str, str]) -> DataFrame:
-    """Cast columns; add __unfit (what does not fit, else null) and __record (the row as read)."""
-    own = [c for c in source_df.columns if c != CORRUPT]
-    cast = {c: F.col(f"`{c}`").try_cast(t) for c, t in wanted.items()}
-    unfit = [
-        F.when(F.col(f"`{c}`").isNotNull() & cast[c].isNull(), f"column {c} is not {t}")
-        for c, t in wanted.items()
-    ]
-    # Spark reads a corrupt column only beside others, and prunes what nobody asks for: keep both.
-    return source_df.select(
-        *[cast.get(c, F.col(f"`{c}`")).alias(c) for c in own],
-        F.col(CORRUPT),
-        F.coalesce(F.when(F.col(CORRUPT).isNotNull(), "the line does not parse"), *unfit).alias(
-            "__unfit"
-        ),
-        F.coalesce(F.col(CORRUPT), F.to_json(F.struct(*[f"`{c}`" for c in own]))).alias("__record"),
-    )
-
-
-def _derive(cast_df: DataFrame, config: Config) -> DataFrame:
-    """Add the columns of source.derive, made of the columns as read and cast."""
-    taken = {c.lower(): c for c in cast_df.columns}
-    for name in config.source.derive:
-        if name.lower() in taken:
-            raise LcSparkError(
-                f"source.derive makes '{name}', but the source has '{taken[name.lower()]}' "
-                "already: give the new column another name."
-            )
-    try:
-        return cast_df.withColumns({c: F.expr(sql) for c, sql in config.source.derive.items()})
-    except AnalysisException as error:
-        raise LcSparkError(f"source.derive cannot be evaluated: {first_line(error)}") from error
+    ).drop("__rejected")
 
 
 def _check_own_columns(config: Config) -> None:
@@ -180,43 +128,6 @@ def _check_own_columns(config: Config) -> None:
                 f"Field '{field.name}' reads column '{field.column}', a name that the table 'raw' "
                 f"keeps for its own ({', '.join(OWN)}): rename the column in the source."
             )
-
-
-def _wanted_types(
-    source_df: DataFrame, config: Config, raw_types: dict[str, str]
-) -> dict[str, str]:
-    """Return the SQL type of the columns to cast: given, as in ``raw``, or numbers as text."""
-    schema = source_df.schema
-    wanted = {
-        c.name: raw_types[c.name]
-        for c in schema.fields
-        if raw_types.get(c.name, c.dataType.simpleString()) != c.dataType.simpleString()
-    }
-    wanted |= config.source.types
-    unknown = [c for c in wanted if c not in schema.names]
-    if unknown:
-        raise LcSparkError(
-            f"source.types names '{unknown[0]}', which the table lacks. It has: "
-            f"{', '.join(c for c in schema.names if c != CORRUPT)}"
-        )
-    for field in config.fields:
-        if field.kind in ("bucketed", "continuous") and field.column in schema.names:
-            text = isinstance(schema[field.column].dataType, T.StringType)
-            if text and field.column not in wanted:
-                wanted[field.column] = "double"
-    return wanted
-
-
-def _date_column(config: Config) -> Column:
-    if config.source.date is None:
-        return F.lit(NO_DATE)
-    return F.expr(f"try_cast({config.source.date} AS DATE)")
-
-
-def _row_id_column(config: Config, own: list[str]) -> Column:
-    columns = config.source.row_id or tuple(own)
-    # As text with the place of nulls: xxhash64 skips nulls, so (a, null) and (null, a) would meet.
-    return F.xxhash64(*[F.coalesce(F.col(f"`{c}`").cast("string"), F.lit("\0")) for c in columns])
 
 
 def _counts(checked_df: DataFrame) -> dict[str | None, int]:
@@ -239,6 +150,25 @@ def _check_share(config: Config, rows: int, n_rejected: int, rejected: dict[str,
             f"= {config.source.max_rejected}. They are in {tables.path_of(config, 'rejected')}; "
             "'raw' was not changed."
         )
+
+
+def days_to_load(spark: SparkSession, config: Config) -> datetime.date | None:
+    """Return the first day that a run by window ingests: its own, or all of the window at first."""
+    if config.split.by != "window":
+        return None
+    if tables.exists(spark, config, "raw"):
+        return None
+    return run_day(config) - datetime.timedelta(days=config.split.days - 1)
+
+
+def missing_days(spark: SparkSession, config: Config) -> list[str]:
+    """Return the days of a run's window that ``raw`` has no rows of."""
+    if config.split.by != "window":
+        return []
+    raw_df = rows_of_run(tables.read(spark, config, "raw"), config)
+    found = {row[0] for row in raw_df.select("date").distinct().collect()}
+    days = [run_day(config) - datetime.timedelta(days=i) for i in range(config.split.days)]
+    return sorted(str(day) for day in days if day not in found)
 
 
 def rows_of_run(raw_df: DataFrame, config: Config) -> DataFrame:

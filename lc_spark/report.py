@@ -136,7 +136,8 @@ def write_report(config: Config, content: ReportContent) -> AnyPath:
     return page
 
 
-def _html(config: Config, content: ReportContent) -> str:
+def render(template: str, **values: Any) -> str:
+    """Return a page of templates/ with values in it."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lc_spark"),
         autoescape=True,
@@ -145,9 +146,14 @@ def _html(config: Config, content: ReportContent) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
+    return environment.get_template(template).render(**values)
+
+
+def _html(config: Config, content: ReportContent) -> str:
     best = winner(content.results)
     columns = _columns(content.results)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         name=config.name,
         content=content,
         best=next(row for row in content.results if row["system"] == best),
@@ -171,8 +177,12 @@ def _figures(content: ReportContent) -> list[tuple[str, Markup]]:
     if content.lr_loss:
         made.append(("Objective of LR by pass", figures.lr_loss(content.lr_loss)))
     made = [*content.further_figures, *made]
-    # The one text that is not escaped: matplotlib has escaped the names in it.
-    return [(what, Markup(figures.as_svg(figure))) for what, figure in made]
+    return [(what, inline(figure)) for what, figure in made]
+
+
+def inline(figure: Figure) -> Markup:
+    """Return a figure as SVG: the one text that is not escaped, since matplotlib has done so."""
+    return Markup(figures.as_svg(figure))
 
 
 def _columns(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:

@@ -1,25 +1,43 @@
 """Turns shards, or raw rows and a bundle, into scores on the executors."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from lc_spark.config import Config
+from lc_spark.encoder import encode
+from lc_spark.features import drift
+from lc_spark.features.drift import FieldCounts
 from lc_spark.features.prepare import prepared_column
+from lc_spark.features.shards import encoded_columns
 from lc_spark.features.vectors import read_shards
 from lc_spark.field_map import FieldMap, require_same
 from lc_spark.files import AnyPath
 from lc_spark.training import models
-from lc_spark.training.scorer import Scorer, encoded_columns, score_ids
+from lc_spark.training.scorer import Scorer, score_encoded, score_ids
 
 Batches = Iterable[pa.RecordBatch]
 SCORED = ["system", "row_id", "label", "score"]
 MODEL_BYTES = 2**29  # models that a task holds at once
+# Column -> its type in Spark and in Arrow: of a row that was scored, or set aside, or of counts.
+KEPT = {
+    "row_id": ("long", pa.int64()),
+    "date": ("date", pa.date32()),
+    "score": ("double", pa.float64()),
+    "aside": ("string", pa.string()),
+    "counts": ("array<long>", pa.list_(pa.int64())),
+}
 
 
 def shard_scores_df(
@@ -81,15 +99,13 @@ def _scored_df(
     return shards_df.mapInArrow(score, "system string, row_id long, label float, score double")
 
 
-def raw_scores_df(
-    raw_df: DataFrame, bundle: Path, keep: tuple[str, ...] = ("row_id", "date")
-) -> DataFrame:
-    """Return the columns to keep and the score (double) of raw rows, scored by a bundle."""
+def raw_scores_df(raw_df: DataFrame, bundle: Path, keep: tuple[str, ...]) -> DataFrame:
+    """Return the columns to keep and the score (double) of rows of ``raw``, scored by a bundle."""
     scorer = Scorer(bundle)
     shared = raw_df.sparkSession.sparkContext.broadcast(scorer)
 
     def score(batches: Batches) -> Batches:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # the task has one core
         ready = shared.value
         for batch in batches:
             columns = {name: batch.column(name) for name in batch.schema.names}
@@ -101,3 +117,70 @@ def raw_scores_df(
     schema = ", ".join([*(f"{c.name} {c.dataType.simpleString()}" for c in kept), "score double"])
     prepared = [prepared_column(i) for i in scorer.field_map.fields if i.kind != "crossed"]
     return raw_df.select(*keep, *prepared).mapInArrow(score, schema)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of raw rows: scored, or set aside by reason."""
+
+    scores_df: DataFrame  # row_id long, date, score double
+    rows: int
+    set_aside: dict[str, int]
+    counts: FieldCounts
+
+
+@contextmanager
+def scored_rows(rows_df: DataFrame, bundle: Path) -> Iterator[Scored]:
+    """Score rows as ``raw`` has them by a bundle, in one pass; within the block they are kept.
+
+    A row whose column __aside (if there is one) is not null is set aside for that reason.
+    """
+    scorer = Scorer(bundle)
+    if "__aside" not in rows_df.columns:
+        rows_df = rows_df.withColumn("__aside", F.lit(None).cast("string"))
+    prepared = [prepared_column(i) for i in scorer.field_map.fields if i.kind != "crossed"]
+    prepared_df = rows_df.select("row_id", "date", "__aside", *prepared)
+    kept_df = _with_counts_df(prepared_df, scorer).persist(StorageLevel.MEMORY_AND_DISK)
+    try:
+        found = kept_df.where("counts IS NULL").groupBy("aside").count().collect()
+        n: dict[str | None, int] = {row["aside"]: row["count"] for row in found}
+        rows = n.pop(None, 0)
+        total = drift.sum_counts(kept_df)
+        counts = drift.by_field(total, scorer.field_map, rows)
+        scores_df = kept_df.where("score IS NOT NULL").select("row_id", "date", "score")
+        yield Scored(scores_df, rows, {str(reason): k for reason, k in n.items()}, counts)
+    finally:
+        kept_df.unpersist()
+
+
+def _with_counts_df(prepared_df: DataFrame, scorer: Scorer) -> DataFrame:
+    """Return a row for each row, scored or aside, and one for each partition with its counts."""
+    shared = prepared_df.sparkSession.sparkContext.broadcast(scorer)
+    nothing = {"row_id": None, "date": None, "score": None, "aside": None, "counts": None}
+
+    def score(batches: Batches) -> Batches:
+        torch.set_num_threads(1)
+        ready = shared.value
+        total = np.zeros(sum(map(drift.n_groups, ready.field_map.fields)), np.int64)
+        for batch in batches:
+            fit = pc.is_null(batch.column("__aside"))
+            good, bad = batch.filter(fit), batch.filter(pc.invert(fit))
+            columns = {name: good.column(name) for name in good.schema.names}
+            encoded = encode(columns, ready.field_map, ready.vocabulary)
+            total += drift.count(encoded, ready.field_map)
+            scores = score_encoded(ready.model, encoded, ready.field_map)
+            ids = {name: columns[name] for name in ("row_id", "date")}
+            yield _record_batch({**nothing, **ids, "score": scores}, good.num_rows)
+            yield _record_batch({**nothing, "aside": bad.column("__aside")}, bad.num_rows)
+        yield _record_batch({**nothing, "counts": [total]}, 1)
+
+    schema = ", ".join(f"{name} {kind}" for name, (kind, _) in KEPT.items())
+    return prepared_df.mapInArrow(score, schema)
+
+
+def _record_batch(columns: Mapping[str, Any], n: int) -> pa.RecordBatch:
+    arrays = [
+        pa.nulls(n, kind) if columns[name] is None else pa.array(columns[name], kind)
+        for name, (_, kind) in KEPT.items()
+    ]
+    return pa.RecordBatch.from_arrays(arrays, names=list(KEPT))

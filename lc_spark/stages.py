@@ -12,11 +12,11 @@ from pyspark.sql import functions as F
 
 from lc_spark import (
     evaluate,
+    files,
     gate,
     ingest,
     refresh,
-    registry,
-    score,
+    scoring,
     tables,
     tracking,
     training_stages,
@@ -24,9 +24,11 @@ from lc_spark import (
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.facts import Facts
+from lc_spark.features import drift
 from lc_spark.features.auto_crosses import ChosenCross, choose_crosses
 from lc_spark.features.fit import fit_features
 from lc_spark.features.shards import write_shards
+from lc_spark.features.vectors import read_shards
 
 log = logging.getLogger("lc_spark")
 
@@ -36,7 +38,10 @@ Stage = Callable[[SparkSession, Config, str], Facts]
 def ingest_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Source -> Delta raw and rejected."""
     with tracking.stage(config, parent, "ingest") as run:
-        made = ingest.ingest(spark, config, config.day)
+        made = ingest.ingest(spark, config, config.day, ingest.days_to_load(spark, config))
+        missing = ingest.missing_days(spark, config)
+        if missing:
+            log.warning("ingest: 'raw' has no rows of %s", ", ".join(missing))
         counts = {"source_rows": made.source_rows, "raw_rows": made.raw_rows}
         run.log_metrics(counts | {"rejected_rows": sum(made.rejected.values())})
         run.set_tags({"raw_version": str(made.raw_version), "date": str(config.day or "all")})
@@ -46,7 +51,7 @@ def ingest_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
             f"{made.source_rows:,} source rows = {made.raw_rows:,} raw + "
             f"{sum(made.rejected.values()):,} rejected ({reasons})"
         )
-        return {**vars(made), "run_id": run.run_id, "summary": summary}
+        return {**vars(made), "missing_days": missing, "run_id": run.run_id, "summary": summary}
 
 
 def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
@@ -76,6 +81,8 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
                 "were written. Run the stage 'features' again."
             )
         field_map = fitted.field_map
+        train_counts = drift.count_shards(read_shards(spark, config, "train"), field_map)
+        files.write_text(config.run_path / drift.TRAIN_COUNTS, train_counts.to_json())
         run.log_params({"features": field_map.d, "fields": len(field_map.fields)})
         run.log_metrics({f"{split}_rows": n for split, n in shard_rows.items()})
         run.log_text(field_map.to_json(), "field_map.json")
@@ -149,25 +156,9 @@ def evaluate_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
 
 
 def score_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
-    """Rows of raw (of a date, or all) and the champion -> Delta scores."""
+    """Source rows of a date, or all of raw, and the champion -> Delta scores, drift of fields."""
     with tracking.stage(config, parent, "score") as run:
-        model_uri = f"models:/{config.model_name}@champion"
-        model_version = registry.version_of(config, model_uri)
-        bundle = registry.download(config, model_version)
-        raw_df = tables.read(spark, config, "raw")
-        condition = None if config.day is None else tables.date_condition("date", config.day)
-        rows_df = raw_df if condition is None else raw_df.where(condition)
-        scores_df = score.raw_scores_df(rows_df, bundle).withColumn("model", F.lit(model_version))
-        version = tables.write(scores_df, config, "scores", ("date",), condition)
-        written_df = tables.read(spark, config, "scores", version)
-        n = (written_df if condition is None else written_df.where(condition)).count()
-        if n == 0:
-            raise LcSparkError(
-                f"There are no rows in 'raw' for {config.day}: run 'ingest' for it first."
-            )
-        run.log_metrics({"rows": n})
-        run.set_tags({"scores_version": str(version), "date": str(config.day or "all")})
-        return {"rows": n, "run_id": run.run_id, "summary": f"{n:,} rows scored into table scores"}
+        return scoring.score_with_champion(spark, config, run, config.day)
 
 
 STAGES: dict[str, Stage] = {

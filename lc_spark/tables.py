@@ -94,9 +94,11 @@ def version(spark: SparkSession, config: Config, name: TableName) -> int:
     return int(row[0])
 
 
-def date_condition(column: str, day: datetime.date) -> str:
-    """Return the replaceWhere condition of one day's partition."""
-    return f"{column} = DATE'{day.isoformat()}'"
+def date_condition(column: str, day: datetime.date, first: datetime.date | None = None) -> str:
+    """Return the replaceWhere condition of one day's partition, or of those from first to day."""
+    if first is None:
+        return f"{column} = DATE'{day.isoformat()}'"
+    return f"{column} >= DATE'{first.isoformat()}' AND {column} <= DATE'{day.isoformat()}'"
 
 
 def read_delta(spark: SparkSession, path: str) -> DataFrame:

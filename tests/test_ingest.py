@@ -227,7 +227,7 @@ def test_columns_of_any_name_and_columns_named_as_raw_names_its_own(log: Log) ->
         ({"derive": {"Site": "1"}}, {}, "source.derive makes 'Site', but the source has 'site'"),
         ({"types": {"sit": "string"}}, {}, "source.types names 'sit', which the table lacks"),
         ({"types": {"site": "integr"}}, {}, "source.types cannot be applied.*INTEGR"),
-        ({}, {"label": "clicked >"}, "label, source.date.*cannot be evaluated.*yntax"),
+        ({}, {"label": "clicked >"}, "label or source.reject cannot be evaluated.*yntax"),
         ({}, {"label": "lable"}, "cannot be evaluated.*lable"),
         ({"date": "dya"}, {}, "cannot be evaluated.*dya"),
         ({"row_id": ["idd"]}, {}, "cannot be evaluated.*idd"),

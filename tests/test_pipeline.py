@@ -170,7 +170,8 @@ def test_unseen_values_and_missing_columns_score_alike_in_spark_and_without(
             "month": F.lit(None).cast("bigint"),
         }
     )
-    in_spark = score.raw_scores_df(strange_df, bundle).toPandas()
+    with score.scored_rows(strange_df, bundle) as scored:
+        in_spark = scored.scores_df.toPandas()
     raw = strange_df.toPandas().drop(columns=["seats", "month"])
     without = Scorer(bundle).score_pandas(raw)
     by_row = dict(zip(in_spark["row_id"], in_spark["score"], strict=True))

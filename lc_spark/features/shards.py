@@ -62,6 +62,19 @@ def _arrow(values: NDArray[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
 
 
+def encoded_columns(batch: pa.RecordBatch, field_map: FieldMap) -> dict[str, NDArray[Any]]:
+    """Return the encoded columns of a batch of a shard, as encoder.encode returned them."""
+    columns = {}
+    for info in field_map.fields:
+        column = batch.column(info.name)
+        if info.kind == "multivalued":
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            columns[info.name] = flat.reshape(-1, info.max_values)
+        else:
+            columns[info.name] = column.to_numpy(zero_copy_only=False)
+    return columns
+
+
 def write_shards(
     raw_df: DataFrame,
     field_map: FieldMap,

@@ -9,9 +9,9 @@ import unicodedata
 from dataclasses import dataclass, replace
 
 from lc_spark.config import RESERVED_NAMES
-from lc_spark.ingest import OWN
 from lc_spark.init.columns import ColumnProfile
 from lc_spark.init.profile import MOST_DAYS, Day, Profile
+from lc_spark.rows import OWN
 
 LEAK_AUC, LEAK_LOSS = 0.98, 0.05  # of a column alone; the loss as a share of the label's entropy
 SUSPICIOUS_AUC = 0.9

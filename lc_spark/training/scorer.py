@@ -55,16 +55,3 @@ def score_ids(model: models.Network, ids: Tensor, values: Tensor | None) -> NDAr
     if not logits:
         return np.zeros(0)
     return torch.cat(logits).double().sigmoid().numpy()
-
-
-def encoded_columns(batch: pa.RecordBatch, field_map: FieldMap) -> dict[str, NDArray[Any]]:
-    """Return the encoded columns of a batch of a shard, as encoder.encode returned them."""
-    columns = {}
-    for info in field_map.fields:
-        column = batch.column(info.name)
-        if info.kind == "multivalued":
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            columns[info.name] = flat.reshape(-1, info.max_values)
-        else:
-            columns[info.name] = column.to_numpy(zero_copy_only=False)
-    return columns
