@@ -1,5 +1,6 @@
 """Scores every system on the same test rows; writes tables, figures, report; registers the best."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lc_spark.evaluation_report import Evaluated, base_content, parameters_of, r
 from lc_spark.facts import Facts
 from lc_spark.features import drift
 from lc_spark.field_map import FieldMap
+from lc_spark.ingest import run_day
 from lc_spark.metrics import Metrics
 from lc_spark.score import shard_scores_df
 from lc_spark.systems import System
@@ -70,6 +72,9 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
             "winner": best.system.name,
         }
     )
+    served = served_quality(spark, config)
+    if served is not None:
+        run.log_metrics({f"served_{key}": value for key, value in served.as_floats().items()})
     base = base_content(spark, config, field_map, done)
     reachable = best_reachable(config, scores_df)
     content = run_content(base, config, field_map, results, evaluated, done, reachable)
@@ -87,10 +92,30 @@ def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Fact
         "best": content.best,
         "report": str(page),
         "registered": model_uri,
+        "served": None if served is None else dataclasses.asdict(served),
         "run_id": run.run_id,
-        "summary": f"{len(results)} systems on {best.metrics.rows:,} test rows; "
+        "summary": (f"scores served for the day: AUC {served.auc:.4f}; " if served else "")
+        + f"{len(results)} systems on {best.metrics.rows:,} test rows; "
         f"{best.system.name} has the lowest validation log loss and is {model_uri}",
     }
+
+
+def served_quality(spark: SparkSession, config: Config) -> Metrics | None:
+    """Return the metrics of the scores that were written for the run's day before its labels came.
+
+    None where there are none, or where the day's rows are of one label.
+    """
+    if config.split.by != "window" or not tables.exists(spark, config, "scores"):
+        return None
+    day = tables.date_condition("date", run_day(config))
+    scores_df = tables.read(spark, config, "scores").where(day).select("row_id", "score")
+    labels_df = tables.read(spark, config, "raw").where(day).select("row_id", "label")
+    # Equal rows share an id.
+    both_df = labels_df.join(scores_df.dropDuplicates(["row_id"]), "row_id").persist()
+    labels = both_df.select("label").distinct().count()
+    found = metrics.evaluate(both_df) if labels == 2 else None
+    both_df.unpersist()
+    return found
 
 
 def all_scores_df(
@@ -183,11 +208,16 @@ def _write_evaluation(
     rows = []
     for result, one in zip(results, evaluated, strict=True):
         deciles = [(b.rows, b.positives, b.mean_score) for b in one.deciles]
-        rows.append((*(result[key] for key in RESULT_SCHEMA), field_map.fingerprint, deciles))
+        row = (*(result[key] for key in RESULT_SCHEMA), field_map.fingerprint, deciles, config.day)
+        rows.append(row)
     columns = ", ".join(f"{key} {kind}" for key, kind in RESULT_SCHEMA.items())
     bucket = "struct<rows: long, positives: long, mean_score: double>"
-    schema = f"{columns}, fingerprint string, deciles array<{bucket}>"
-    return tables.write(spark.createDataFrame(rows, schema), config, "evaluation")
+    schema = f"{columns}, fingerprint string, deciles array<{bucket}>, day date"
+    # A run by the day adds its rows to those of other days.
+    daily = config.split.by == "window"
+    condition = tables.date_condition("day", run_day(config)) if daily else None
+    table_df = spark.createDataFrame(rows, schema)
+    return tables.write(table_df, config, "evaluation", replace_where=condition)
 
 
 def make_bundle(config: Config, system: System, bundle: Path) -> None:

@@ -160,6 +160,34 @@ def field_drift(indices: Mapping[str, float], threshold: float) -> Figure:
     return figure
 
 
+def auc_by_day(
+    curves: Mapping[str, tuple[Sequence[str], Numbers]], seconds: Mapping[str, Numbers]
+) -> Figure:
+    """Draw AUC by day, a line a way to refresh, beside the median seconds that a day's run took.
+
+    curves: name -> (days, AUC); seconds: name -> seconds of each day.
+    """
+    figure = Figure(figsize=(SIZE[0] * 2.2, SIZE[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for place, (name, (days, aucs)) in enumerate(curves.items()):
+        left.plot(days, aucs, label=name, linewidth=1.4, markersize=4, **_style(place))
+    left.set_title("AUC of the next day", fontsize=11, loc="left", fontweight="bold")
+    left.xaxis.set_major_locator(MaxNLocator(8))
+    left.tick_params(axis="x", rotation=30)
+    left.legend(loc="best", frameon=False, fontsize=9)
+    colours = [COLOURS[place] for place in range(len(seconds))]
+    medians = [statistics.median(of_days) for of_days in seconds.values()]
+    bars = right.bar(list(seconds), medians, color=colours, width=0.6)
+    right.bar_label(bars, [f"{median:.1f}" for median in medians], fontsize=9)
+    right.set_title("seconds a day, median", fontsize=11, loc="left", fontweight="bold")
+    for axes in (left, right):
+        axes.grid(axis="y", color="#d5d5d5", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def as_svg(figure: Figure) -> str:
     """Return a figure as an <svg> element to put into HTML, its text kept as text.
 

@@ -92,7 +92,7 @@ def start_of(folder: AnyPath, places: NDArray[np.int64], d: int) -> LrStart:
     assert isinstance(model, models.Lr), "an LR's folder holds an LR"
     weights = np.zeros(d)
     weights[places] = model.weight.detach().double().numpy()
-    return LrStart(weights, float(model.bias))
+    return LrStart(weights, model.bias.item())
 
 
 def scores_df(model: LogisticRegressionModel, vectors_df: DataFrame) -> DataFrame:
