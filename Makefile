@@ -38,6 +38,7 @@ wheel: env ## the library as dist/*.whl, and as dist/lc_spark.zip for spark-subm
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --wheel-dir dist .
 	cp dist/lc_spark-*.whl dist/lc_spark.zip
+	rm -rf build
 
 test: check ## everything that CI checks
 	$(BIN)/python -m pytest --durations=15
