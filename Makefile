@@ -6,7 +6,7 @@ BIN := .venv/bin
 # The lock file also pins uv, which installs the rest.
 UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
 
-.PHONY: help env demo demo-by-day ui test test-fast check format lock clean
+.PHONY: help env demo demo-by-day ui wheel test test-fast check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,13 @@ demo-by-day: env ## the same flights, split by time
 
 ui: env ## open MLflow on the runs of CONFIG (make ui CONFIG=... PORT=...)
 	$(BIN)/lc-spark ui $(CONFIG) --port $(PORT)
+
+wheel: env ## the library as dist/*.whl, and as dist/lc_spark.zip for spark-submit --py-files
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --wheel-dir dist .
+	cp dist/lc_spark-*.whl dist/lc_spark.zip
+	rm -rf build
 
 test: check ## everything that CI checks
 	$(BIN)/python -m pytest --durations=15

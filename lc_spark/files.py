@@ -7,6 +7,7 @@ methods over fsspec. Here is what the two do not share. Spark goes through Hadoo
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,3 +91,15 @@ def local(path: AnyPath) -> Iterator[Path]:
         copied = Path(folder, path.name)
         copy(path, copied)
         yield copied
+
+
+@contextmanager
+def package_folder() -> Iterator[Path]:
+    """Give the folder of this library, unpacked where it was imported from a zip (--py-files)."""
+    package = Path(__file__).parent
+    if package.is_dir():
+        yield package
+        return
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(package.parent) as archive:
+        archive.extractall(folder)
+        yield Path(folder, package.name)

@@ -24,6 +24,7 @@ from mlflow.types.schema import AnyType
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldMap
+from lc_spark.files import package_folder
 from lc_spark.tracking import StageRun, client_of, uri_of
 
 log = logging.getLogger(__name__)
@@ -42,11 +43,10 @@ def _log_model(run: StageRun, bundle: Path, system: str, field_map: FieldMap) ->
     # that pandas made float because a value is missing: the metadata and description tell types.
     columns = [ColSpec(AnyType(), name, required=False) for name in field_map.raw_columns]  # type: ignore[no-untyped-call]
     pinned = [f"{p}=={importlib.metadata.version(p).split('+')[0]}" for p in SCORING_PACKAGES]
-    package = Path(__file__).parent
     client = client_of(run.uri)
     experiment_id = client.get_run(run.run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, system, run.run_id)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), package_folder() as package:
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         return Model.log(
             artifact_path=None,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pyspark import SparkConf
+from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import SparkSession
 
@@ -47,6 +47,9 @@ def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
     check_java()
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        # Under spark-submit: a SparkConf made before its JVM is reached has none of its settings.
+        SparkContext.getSystemProperty("spark.master")
     conf = SparkConf()
     if not conf.contains("spark.master"):
         check_memory(settings.driver_memory)

@@ -3,9 +3,12 @@
 import dataclasses
 import datetime
 import itertools
+import os
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
@@ -22,6 +25,8 @@ from lc_spark.training import lr
 from lc_spark.training.loop import run_rank
 from lc_spark.training.spec import TrainSpec
 
+MOST_TASKS = 10_000  # of a stage that are looked through
+
 
 def launch(
     spark: SparkSession, config: Config, systems: Sequence[System], run_ids: Sequence[str | None]
@@ -30,8 +35,8 @@ def launch(
 
     Needs the shards and, unless training.start is random, the LR models in the workspace; leaves
     the models in models/<name>. Metrics go to the MLflow runs, where there is one. Executors must
-    have lc_spark installed and see the workspace folder. A system that cannot be trained has
-    {"error": sentence} in place of its result. Raises LcSparkError when a rank dies.
+    have lc_spark, installed or by --py-files, and see the workspace. A system that cannot be
+    trained has {"error": sentence} in place of its result. Raises LcSparkError when a rank dies.
     """
     specs = [train_spec(config, *pair) for pair in zip(systems, run_ids, strict=True)]
     return launch_specs(spark, specs)
@@ -39,27 +44,42 @@ def launch(
 
 def launch_specs(spark: SparkSession, specs: Sequence[TrainSpec]) -> list[dict[str, Any]]:
     """Run specs as launch does."""
+    environment = spark.sparkContext.environment
     # Between the ranks and the driver stands a process that prints to a pipe: without this the
     # progress bar would come all at once, at its end.
-    spark.sparkContext.environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONPATH"] = _submitted_files(spark)
     results: list[dict[str, Any]] = []
     # Ranks take longer to start than a small network to train: neighbours share them.
     alike = itertools.groupby(specs, key=lambda s: (s.training["ranks"], s.training["device"]))
     for (ranks, device), group in alike:
         _check_slots(spark, ranks)
-        results += _run(list(group), ranks, device)
+        results += _run(spark, list(group), ranks, device)
     return results
 
 
-def _run(specs: list[TrainSpec], ranks: int, device: str) -> list[dict[str, Any]]:
+def _submitted_files(spark: SparkSession) -> str:
+    """Return a PYTHONPATH with what --py-files named, for the ranks.
+
+    Spark puts it on the path of its Python workers alone, and a rank is a process that one of them
+    starts. On an executor the files lie in the working folder, on a local master where they were.
+    """
+    files = spark.sparkContext.getConf().get("spark.submit.pyFiles", "")
+    paths = [PurePosixPath(urlsplit(file).path) for file in str(files).split(",") if file]
+    return os.pathsep.join(place for path in paths for place in (path.name, str(path)))
+
+
+def _run(
+    spark: SparkSession, specs: list[TrainSpec], ranks: int, device: str
+) -> list[dict[str, Any]]:
     names = [spec.name for spec in specs]
     distributor = TorchDistributor(num_processes=ranks, local_mode=False, use_gpu=device == "cuda")
     try:
         results = distributor.run(run_rank, [dataclasses.asdict(spec) for spec in specs])
     except (PySparkException, Py4JJavaError, RuntimeError) as error:
         raise LcSparkError(
-            f"Training {', '.join(names)} ended on an executor: {_reason(str(error))} Its output "
-            "is above. Started again, a system goes on from its last whole epoch."
+            f"Training {', '.join(names)} ended: {_reason(spark, str(error), ranks)} The ranks' "
+            "output is above. Started again, a system goes on from its last whole epoch."
         ) from error
     assert results is not None, "rank 0 returns results"
     return list(results)
@@ -125,8 +145,23 @@ def _check_slots(spark: SparkSession, ranks: int) -> None:
         )
 
 
-def _reason(text: str) -> str:
-    """Return the most telling line of a failed task's output."""
+def _reason(spark: SparkSession, text: str, ranks: int) -> str:
+    """Return which rank ended, where it ran, and the most telling line of Spark's words on it."""
     lines = [line.strip() for line in text.splitlines()]
     errors = [line for line in lines if "Error: " in line and not line.startswith("Caused by")]
-    return (errors or lines)[-1].rstrip(".") + "."
+    reason = (errors or lines)[-1].rstrip(".") + "."
+    task = re.search(r"barrier task ResultTask\((\d+), (\d+)\)", text)
+    if task is None:
+        return reason
+    stage, rank = int(task[1]), int(task[2])  # TorchDistributor's task n is rank n
+    return f"rank {rank} of {ranks} failed{_where(spark, stage, rank)}. {reason}"
+
+
+def _where(spark: SparkSession, stage: int, rank: int) -> str:
+    """Return the host and executor of a task, which Spark's error leaves out."""
+    tasks = spark.sparkContext._jsc.sc().statusStore().taskList(stage, 0, MOST_TASKS).iterator()
+    while tasks.hasNext():
+        task = tasks.next()
+        if task.index() == rank:
+            return f" on {task.host()} (executor {task.executorId()})"
+    return ""

@@ -6,10 +6,12 @@ The only file that starts or ends a process group; the collectives that the othe
 import os
 import socket
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from lc_spark.errors import LcSparkError
 
 PROGRESS_SECONDS = 5.0
+SECONDS_TO_REPORT = 10.0  # after which a rank may report that another one is gone
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class World:
     def mean(self, tensor: Tensor) -> Tensor:
         """Set the tensor to its mean over ranks and return it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with _among_others():
+                dist.all_reduce(tensor)
             tensor /= self.size
         return tensor
 
@@ -46,19 +50,22 @@ class World:
             return part
         length = torch.tensor([len(part)], device=part.device)
         lengths = [torch.empty_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length)
+        with _among_others():
+            dist.all_gather(lengths, length)
         counts = [int(n) for n in lengths]
         padded = part.new_zeros(max(counts), *part.shape[1:])
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        with _among_others():
+            dist.all_gather(parts, padded)
         return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
 
     def from_rank_0(self, number: int) -> int:
         """Return the number that rank 0 has."""
         tensor = torch.tensor([number], device=self.device)
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            with _among_others():
+                dist.broadcast(tensor, src=0)
         return int(tensor)
 
     def ranks_on_this_host(self) -> int:
@@ -71,6 +78,16 @@ class World:
         """Print a line, once: on rank 0."""
         if self.rank == 0:
             print(text, flush=True)
+
+
+@contextmanager
+def _among_others() -> Iterator[None]:
+    """Give a rank that is gone the time to be reported before those that miss it are."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(SECONDS_TO_REPORT)
+        raise
 
 
 @contextmanager
@@ -90,6 +107,9 @@ def joined(device: str) -> Iterator[World]:
     threads = torch.get_num_threads()
     if size > 1:
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        # On an executor the folder names the application and the executor.
+        place = f"host {socket.gethostname()}, process {os.getpid()}, {Path.cwd()}"
+        print(f"rank {rank} of {size}: {place}", flush=True)
     try:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.ranks_on_this_host()))
         yield world
