@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -13,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from pyspark.sql import SparkSession
 from test_tracking import RAW, free_port, make_bundle, make_config, register, start, stop, wait_for
 
-from lc_spark import serving, tracking
+from lc_spark import registry, serving, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.training.scorer import Scorer
@@ -24,20 +25,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Settings of a workspace with a champion."""
     folder = tmp_path_factory.mktemp("serving")
     config = make_config(folder / "workspace")
-    register(config, make_bundle(folder / "lr"), 0.5)
+    version = register(config, make_bundle(folder / "lr"), 0.5)
+    registry.promote(config, version, "test")
     return config
 
 
 @pytest.fixture(scope="module")
 def scores(config: Config) -> list[float]:
-    scored: list[float] = Scorer(config.workspace_path.parent / "lr").score_pandas(RAW).tolist()
+    scored: list[float] = Scorer(Path(config.workspace).parent / "lr").score_pandas(RAW).tolist()
     return scored
 
 
 @pytest.fixture(scope="module")
 def server(config: Config) -> Iterator[str]:
     """The address of `lc-spark serve`."""
-    port, folder = free_port(), config.workspace_path.parent
+    port, folder = free_port(), Path(config.workspace).parent
     (folder / "toy.yaml").write_text(config.model_dump_json(exclude_defaults=True))
     code = "from lc_spark.cli import main; main()"
     process = start(["-c", code, "serve", "toy.yaml", "--port", str(port)], folder / "log")
