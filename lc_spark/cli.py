@@ -147,6 +147,14 @@ def ui(config: ConfigPath, port: int = 5000, overrides: Overrides = None) -> Non
 
 
 @app.command()
+def serve(config: ConfigPath, port: int = 5001, overrides: Overrides = None) -> None:
+    """Answer raw rows with the champion's scores over HTTP, on 127.0.0.1."""
+    from lc_spark import serving
+
+    serving.serve(config_file.load(config, overrides), port)
+
+
+@app.command()
 def champion(config: ConfigPath, overrides: Overrides = None) -> None:
     """List the versions of the registered model: which is champion, since when and why."""
     from lc_spark import registry, report

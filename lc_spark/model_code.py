@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 from numpy.typing import NDArray
@@ -28,12 +29,17 @@ class ClickModel(PythonModel):
     ) -> NDArray[np.float64]:
         """Return float64 scores [n] of n raw rows; a column that is not there counts as missing.
 
-        Raises LcSparkError when not one of the model's raw columns is there.
+        Raises MlflowException, which MLflow's server answers as status 400, on a value that does
+        not fit its column, and when not one of the model's raw columns is there.
         """
         known = self.scorer.field_map.raw_columns
         if not set(known) & set(model_input.columns):
-            raise LcSparkError(f"The rows have none of the model's columns: {', '.join(known)}.")
-        scores: NDArray[np.float64] = self.scorer.score_pandas(model_input)
+            said = f"The rows have none of the model's columns: {', '.join(known)}."
+            raise MlflowException.invalid_parameter_value(said)
+        try:
+            scores: NDArray[np.float64] = self.scorer.score_pandas(model_input)
+        except LcSparkError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
         return scores
 
 

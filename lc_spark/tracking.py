@@ -186,6 +186,17 @@ def append_to(uri: str, run_id: str) -> StageRun:
     return StageRun(uri, run_id)
 
 
+def check_port(port: int) -> None:
+    """Raise LcSparkError when another program listens on a port of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            message = f"Port {port} is in use on this machine: choose another one with --port."
+            raise LcSparkError(message) from error
+
+
 def serve_ui(config: Config, port: int) -> None:
     """Become `mlflow server` on 127.0.0.1 over the workspace's store; does not return.
 
@@ -194,13 +205,7 @@ def serve_ui(config: Config, port: int) -> None:
     uri = uri_of(config)
     if uri.startswith(("http://", "https://")):
         raise LcSparkError(f"The runs are kept by the server at {uri}: open it in the browser.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            message = f"Port {port} is in use on this machine: choose another one with --port."
-            raise LcSparkError(message) from error
+    check_port(port)
     page = f"experiments/{_experiment_id(config)}/runs?workflowType=machine_learning"
     log.info("The runs are at http://127.0.0.1:%d/#/%s", port, page)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # three more processes, 1 GB

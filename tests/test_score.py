@@ -14,13 +14,14 @@ from conftest import ConfigMaker
 from pyspark.sql import SparkSession
 from test_tracking import make_bundle, register
 
-from lc_spark import stages, tables, tracking
+from lc_spark import registry, stages, tables, tracking
 from lc_spark.config import Config
-from lc_spark.encoder import encode, prepare_pandas
+from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
 from lc_spark.facts import Facts
 from lc_spark.features import drift
 from lc_spark.ingest import ingest
+from lc_spark.pandas_rows import prepare_pandas
 from lc_spark.training.scorer import Scorer
 
 pytestmark = pytest.mark.slow
@@ -78,7 +79,7 @@ class Log:
         encoded = encode(prepare_pandas(raw, scorer.field_map), scorer.field_map, scorer.vocabulary)
         counts = drift.by_field(drift.count(encoded, scorer.field_map), scorer.field_map, 1000)
         (self.bundle / drift.TRAIN_COUNTS).write_text(counts.to_json())
-        register(self.config, self.bundle, 0.5)
+        registry.promote(self.config, register(self.config, self.bundle, 0.5), "test")
         self.parent = tracking.start_pipeline(self.config, {})
 
     def write(self, date: datetime.date, rows: list[Row], *more_lines: str) -> None:
@@ -203,7 +204,7 @@ def test_a_model_without_counts_is_scored_and_that_is_said(
     log: Log, caplog: pytest.LogCaptureFixture
 ) -> None:
     bundle = make_bundle(log.folder / "old")
-    register(log.config, bundle, 0.4)
+    registry.promote(log.config, register(log.config, bundle, 0.4), "test")
     log.write(TODAY, rows_of(TODAY, 4))
     with caplog.at_level(logging.WARNING, "lc_spark"):
         facts = log.score(TODAY)

@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from pyspark.sql import DataFrame, SparkSession
 
-from lc_spark.encoder import encode, hash_text, prepare_pandas
+from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features.fit import Fitted, fit_features
 from lc_spark.features.vocabulary import count_values, rank_values
 from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo
+from lc_spark.pandas_rows import hash_text, prepare_pandas
 
 NAN, INF = float("nan"), float("inf")
 SCHEMA = """row_id long, origin string, dest string, hour int, delay double, tags string,

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lc_spark.encoder import Vocabulary, encode, prepare_pandas
+from lc_spark.encoder import Vocabulary, encode
 from lc_spark.field_map import FieldMap, require_same
+from lc_spark.pandas_rows import prepare_pandas
 from lc_spark.training import models
 
 CHUNK_ROWS = 8192  # rows scored at once: bounds the memory of the hidden layers
