@@ -168,5 +168,6 @@ with DAG(
         note="Weekly refit from scratch",
         reset_dag_run=True,
         wait_for_completion=True,
+        poke_interval=10,
         fail_when_dag_is_paused=True,
     )
