@@ -6,7 +6,8 @@ BIN := .venv/bin
 # The lock file also pins uv, which installs the rest.
 UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
 
-.PHONY: help env demo demo-by-day ui wheel test test-fast check format lock clean
+.PHONY: help env airflow-env airflow-demo demo demo-by-day ui wheel test test-fast check format \
+	lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +22,14 @@ env: .venv/.done ## make .venv from the lock file
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
 	$(BIN)/uv pip install --python $(BIN)/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-build-isolation --no-deps -e .
+	@touch $@
+
+airflow-env: .airflow-venv/.done ## make .airflow-venv: Airflow, apart from .venv
+
+.airflow-venv/.done: requirements-airflow.lock | env
+	@echo "Making .airflow-venv (about 0.5 GB)"
+	$(PYTHON) -m venv --clear .airflow-venv
+	$(BIN)/uv pip install --python .airflow-venv/bin/python --require-hashes -r requirements-airflow.lock
 	@touch $@
 
 demo: env ## flights of 2013: the whole pipeline, result table, report
@@ -55,9 +64,11 @@ format: env ## let ruff format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: env ## resolve pyproject.toml again into requirements.lock
+lock: env ## resolve the dependencies again into the two lock files
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--generate-hashes --no-header --no-annotate -o requirements.lock
+	$(BIN)/uv pip compile --quiet requirements-airflow.in --universal --python-version 3.11 \
+		--generate-hashes --no-header --no-annotate -o requirements-airflow.lock
 
 clean: ## remove what the demo made
 	rm -rf workspace

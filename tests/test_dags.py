@@ -1,0 +1,290 @@
+"""The DAGs in a real Airflow, with real jobs on some of the flights: good days and bad ones.
+
+Good: Saturday by `airflow dags test`, Saturday again, from scratch, by the weekly DAG, and Monday,
+while Sunday is missing, by a backfill.
+"""
+
+import datetime
+import fcntl
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from local_airflow import BIN, Airflow, connection, new_airflow, running
+from pyspark.sql import SparkSession
+
+from lc_spark import config_file, datasets, registry, tables
+from lc_spark.config import Config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+ROOT = Path(__file__).parent.parent
+ROWS = 300  # of a day
+SATURDAY, SUNDAY, MONDAY = (datetime.date(2013, 2, day) for day in (2, 3, 4))
+EMPTY, BROKEN = (datetime.date(2013, 2, day) for day in (20, 21))
+ONE_DAY = datetime.timedelta(days=1)
+JOBS = [
+    "ingest",
+    "build_features",
+    "train_lr",
+    "train_lc",
+    "evaluate",
+    "gate",
+    "promote",
+    "score",
+]
+LOCAL = {"AIRFLOW_CONN_LC_SPARK": connection("local[2]")}
+
+# What a DagBag says, on its last line, of the file and of what importing it brought in.
+LOOK = """
+import json, sys
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag(sys.argv[1])
+try:
+    bag.dags["lc_spark_daily"].task_dict["ingest"]._pre_execute_hook({})
+except Exception as error:
+    without_connection = str(error)
+print(json.dumps({
+    "errors": bag.import_errors,
+    "chains": {name: [t.task_id for t in dag.topological_sort()] for name, dag in bag.dags.items()},
+    "ours": [name for name in sys.modules if name.partition(".")[0] == "lc_spark"],
+    "without_connection": without_connection,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the tests share: an Airflow, and the config that its tasks use."""
+
+    airflow: Airflow
+    config: Config
+    config_path: Path
+
+    def run_day(self, day: datetime.date, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a day as `airflow dags test` does: the last day that is whole at a moment."""
+        return self.airflow.run("dags", "test", "lc_spark_daily", str(day + ONE_DAY), **variables)
+
+
+def jobs_begun(output: str) -> list[str]:
+    return re.findall(r"Spark-Submit cmd: .* jobs/(\w+)\.py --config", output)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dags")
+
+
+@pytest.fixture(scope="module")
+def config_path(folder: Path) -> Path:
+    """A config of three fields and a file a day: some of the flights, one day none, one garbage."""
+    columns = ["date", "carrier", "flight", "origin", "dest", "hour", "sched_dep_time"]
+    flights = datasets.flights()[[*columns, "dep_time", "arr_delay"]]
+    (folder / "source").mkdir()
+    for day in (SATURDAY - ONE_DAY, SATURDAY, SUNDAY, MONDAY, MONDAY + ONE_DAY, EMPTY):
+        rows = flights[flights["date"] == day].head(0 if day == EMPTY else ROWS)
+        rows.to_parquet(folder / "source" / f"{day}.parquet", index=False)
+    (folder / "source" / f"{BROKEN}.parquet").write_bytes(b"PAR1 and then a disk was full")
+    settings = yaml.safe_load((ROOT / "conf" / "flights_daily.yaml").read_text())
+    settings |= {"workspace": str(folder / "workspace"), "name": "tiny"}
+    settings["source"] |= {"dataset": None, "path": str(folder / "source" / "{date}.parquet")}
+    settings["fields"] = [
+        {"name": name, "kind": "categorical"} for name in ("carrier", "origin", "hour")
+    ]
+    settings["split"] |= {"days": 2, "valid": 0.2, "test": 0.2}
+    settings["lr"] = {"max_iterations": 5, "l2": 0.01}
+    settings["training"] |= {"ranks": 1, "epochs": 1, "hidden": [4]}
+    # Of so few rows any model may be champion.
+    settings["gate"] = {"auc": 0.9, "logloss": 0.9, "calibration": 0.9}
+    settings["gate"] |= {"min_rows": 10, "min_positives": 2}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, config_path: Path) -> Made:
+    """An Airflow on the cluster, without its server yet, whose Variable names the tiny config."""
+    properties = folder / "tiny.conf"
+    properties.write_text(
+        (ROOT / "conf" / "spark.conf").read_text()
+        + "spark.ui.enabled false\nspark.sql.shuffle.partitions 2\n"
+        + "spark.databricks.delta.snapshotPartitions 1\n"
+        + "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1\n"
+    )
+    settings = {
+        "config": str(config_path),
+        "properties_file": str(properties),
+        "driver_memory": "1g",
+        "retries": 0,
+    }
+    airflow = new_airflow(folder / "airflow", "local[2]", settings)
+    return Made(airflow, config_file.load(config_path), config_path)
+
+
+@pytest.fixture(scope="module")
+def saturday(made: Made) -> str:
+    """The output of Saturday's run by `airflow dags test`."""
+    done = made.run_day(SATURDAY)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def server(made: Made, saturday: str) -> Iterator[Airflow]:
+    """The same Airflow with its processes, where the DAGs may run."""
+    assert saturday
+    with running(made.airflow):
+        for dag in ("lc_spark_daily", "lc_spark_weekly"):
+            made.airflow.api(f"dags/{dag}", "PATCH", {"is_paused": False})
+        yield made.airflow
+
+
+def state(spark: SparkSession, made: Made) -> dict[str, Any]:
+    """What a failed day must leave as it is: the champion, and the rows of every day."""
+    champion = registry.with_alias(made.config, registry.CHAMPION)
+    assert champion is not None
+    counted: dict[str, Any] = {"champion": champion.version}
+    for table in ("raw", "scores"):
+        rows = tables.read(spark, made.config, table).groupBy("date").count().collect()
+        counted[table] = {row["date"]: row["count"] for row in rows}
+    return counted
+
+
+def test_the_dags_import_airflow_alone_and_a_missing_connection_is_named(made: Made) -> None:
+    variables = {
+        k: v for k, v in made.airflow.variables.items() if not k.startswith("AIRFLOW_CONN")
+    }
+    done = subprocess.run(
+        [str(BIN / "python"), "-c", LOOK, str(ROOT / "airflow_dags")],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["errors"] == {}
+    assert found["chains"] == {"lc_spark_daily": JOBS, "lc_spark_weekly": ["refit_from_scratch"]}
+    assert found["ours"] == []
+    assert "`lc_spark` isn't defined" in found["without_connection"]
+
+
+def test_a_day_runs_every_job_and_each_log_has_the_address_of_the_mlflow_run(
+    saturday: str, made: Made, spark: SparkSession
+) -> None:
+    assert jobs_begun(saturday) == JOBS
+    addresses = re.findall(r"started; MLflow run +(\S+ in sqlite:\S+|http\S+)", saturday)
+    assert len(addresses) == len(JOBS)
+    found = state(spark, made)
+    assert set(found["scores"]) == {SUNDAY}
+    assert set(found["raw"]) == {SATURDAY - ONE_DAY, SATURDAY}
+
+
+@pytest.mark.parametrize(
+    ("day", "sentence"), [(EMPTY, "has no rows"), (BROKEN, "cannot read")], ids=["empty", "broken"]
+)
+def test_a_day_without_rows_or_of_a_broken_file_ends_at_ingest(
+    day: datetime.date, sentence: str, saturday: str, made: Made, spark: SparkSession
+) -> None:
+    assert saturday
+    before = state(spark, made)
+    done = made.run_day(day, **LOCAL)
+    assert done.returncode != 0
+    assert jobs_begun(done.stdout) == ["ingest"]
+    assert sentence in done.stdout
+    assert state(spark, made) == before
+
+
+def test_a_run_beside_another_one_is_refused(saturday: str, made: Made) -> None:
+    assert saturday
+    with Path(made.config.workspace, "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = made.run_day(MONDAY, **LOCAL)
+    assert done.returncode != 0
+    assert jobs_begun(done.stdout) == ["ingest"]
+    assert "Another run is at work" in done.stdout
+
+
+def test_the_driver_of_a_task_that_takes_too_long_dies_with_it(
+    made: Made, folder: Path, config_path: Path
+) -> None:
+    settings = yaml.safe_load(config_path.read_text())
+    settings["workspace"] = str(folder / "slow")
+    settings["source"]["reject"] = {
+        "slow": "reflect('java.lang.Thread', 'sleep', bigint(600000)) = 'awake'"
+    }
+    slow = folder / "slow.yaml"
+    slow.write_text(yaml.safe_dump(settings))
+    variable = json.loads(made.airflow.variables["AIRFLOW_VAR_LC_SPARK"])
+    variable |= {"config": str(slow), "timeout_minutes": 0.5}
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(
+            made.run_day, SATURDAY, **LOCAL, AIRFLOW_VAR_LC_SPARK=json.dumps(variable)
+        )
+        seen = set[str]()
+        while not run.done():
+            seen |= set(working_on(slow))
+            time.sleep(0.5)
+    assert {"java", "python"} <= seen
+    assert run.result().returncode != 0
+    assert "AirflowTaskTimeout" in run.result().stdout
+    end = time.monotonic() + 10
+    while working_on(slow) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert working_on(slow) == []
+
+
+def working_on(config: Path) -> list[str]:
+    """Return 'java' and 'python' for the processes whose command line names a config."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "exe"]):
+        if str(config) in (process.info["cmdline"] or []):
+            found.append("java" if "java" in (process.info["exe"] or "") else "python")
+    return found
+
+
+def test_the_weekly_refit_runs_its_day_again_from_scratch(
+    server: Airflow, made: Made, spark: SparkSession
+) -> None:
+    before = state(spark, made)
+    dates = ("--from-date", str(SATURDAY - 6 * ONE_DAY), "--to-date", str(SATURDAY))
+    created = server.run("backfill", "create", "--dag-id", "lc_spark_weekly", *dates)
+    assert created.returncode == 0, created.stdout
+    (week,) = server.wait_for_runs("lc_spark_weekly", 1, 1200)
+    assert week["state"] == "success", server.task_log(
+        "lc_spark_weekly", week["dag_run_id"], "refit_from_scratch"
+    )
+    refit = next(r for r in server.runs("lc_spark_daily") if r["dag_run_id"].startswith("weekly__"))
+    assert refit["conf"] == {"refresh": "scratch", "date": str(SATURDAY)}
+    tasks = server.tasks("lc_spark_daily", refit["dag_run_id"])
+    assert [(t["task_id"], t["state"]) for t in tasks] == [(job, "success") for job in JOBS]
+    log = server.task_log("lc_spark_daily", refit["dag_run_id"], "build_features")
+    assert f"--date {SATURDAY} --set refresh.mode=scratch" in log
+    # The day was run twice: the same rows, once; the newer model took over.
+    after = state(spark, made)
+    assert {**after, "champion": None} == {**before, "champion": None}
+    assert int(after["champion"]) == int(before["champion"]) + 1
+
+
+def test_a_backfilled_day_goes_on_from_the_last_one_where_yesterday_is_missing(
+    server: Airflow, made: Made, spark: SparkSession
+) -> None:
+    dates = ("--from-date", str(MONDAY), "--to-date", str(MONDAY))
+    created = server.run("backfill", "create", "--dag-id", "lc_spark_daily", *dates)
+    assert created.returncode == 0, created.stdout
+    done = server.wait_for_runs("lc_spark_daily", len(server.runs("lc_spark_daily")), 1200)
+    backfilled = next(r for r in done if r["run_type"] == "backfill")
+    tasks = server.tasks("lc_spark_daily", backfilled["dag_run_id"])
+    assert [(t["task_id"], t["state"]) for t in tasks] == [(job, "success") for job in JOBS]
+    log = server.task_log("lc_spark_daily", backfilled["dag_run_id"], "build_features")
+    assert f"goes on from {SATURDAY}" in log
+    assert set(state(spark, made)["scores"]) == {SUNDAY, MONDAY + ONE_DAY}
