@@ -125,7 +125,7 @@ def init(
     path = config_text.output_path(output, name)
     spark = session.start_for(name, config.Spark())
     files = source_settings.Files(format=file_format)
-    rows_df = sources.read_files(spark, files, table.replace("{date}", "*"), "TABLE")
+    rows_df = sources.read_files(spark, files, [table.replace("{date}", "*")], "TABLE")
     found = profile.profile(rows_df, label)
     spark.stop()
     chosen = propose.choices(found)

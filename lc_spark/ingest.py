@@ -40,9 +40,7 @@ def ingest(
     """
     rows.check_date(config, date, "ingest")
     raw_types = {} if date is None else rows.raw_types(spark, config)
-    checked_df = _checked(
-        read_source(spark, config, date if first is None else None), config, date, raw_types, first
-    )
+    checked_df = _checked(read_source(spark, config, date, first), config, date, raw_types, first)
     condition = None if date is None else tables.date_condition("date", date, first)
     counts = _counts(checked_df)
     source_rows, good_rows = sum(counts.values()), counts.pop(None, 0)

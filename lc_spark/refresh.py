@@ -49,6 +49,7 @@ def find_parent(config: Config) -> Parent | None:
         if facts.exists(then, "evaluate"):
             registered = facts.read(then, "evaluate")["registered"]
             if registered == f"models:/{config.model_name}/{parent.version}":
+                log.info("refresh: goes on from %s, version %s", parent.day, parent.version)
                 return parent
         log.warning(
             "refresh: version %s of %s was promoted, but %s no longer holds it",

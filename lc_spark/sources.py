@@ -4,6 +4,7 @@ A line that does not parse is a row all the same, with its text in the column CO
 """
 
 import datetime
+import functools
 import logging
 
 from pyspark.errors import AnalysisException
@@ -21,8 +22,15 @@ log = logging.getLogger("lc_spark")
 CORRUPT = "__corrupt"
 
 
-def read_source(spark: SparkSession, config: Config, date: datetime.date | None) -> DataFrame:
+def read_source(
+    spark: SparkSession,
+    config: Config,
+    date: datetime.date | None,
+    first: datetime.date | None = None,
+) -> DataFrame:
     """Return the rows of a day's files, or of all, with the columns of source.join beside them.
+
+    With `first` those of the days from it to date, as far as there are files of them.
 
     Columns of a CSV are strings. Raises LcSparkError for what cannot be read or joined.
     """
@@ -31,43 +39,63 @@ def read_source(spark: SparkSession, config: Config, date: datetime.date | None)
         folder = config.workspace_path / "source"
         rows_df = spark.read.parquet(files.uri(datasets.materialize(source.dataset, folder)))
     else:
-        path = (source.path or "").replace("{date}", date.isoformat() if date else "*")
-        rows_df = read_files(spark, source, path, "source")
+        rows_df = read_files(spark, source, _paths(spark, source.path or "", date, first), "source")
     for name, table in source.join.items():
         rows_df = _join(spark, rows_df, table, f"source.join.{name}")
     return rows_df
 
 
-def read_files(spark: SparkSession, settings: Files, path: str, where: str) -> DataFrame:
-    """Return the rows of a file or folder; `where` names it in an error.
+def _paths(
+    spark: SparkSession, pattern: str, date: datetime.date | None, first: datetime.date | None
+) -> list[str]:
+    """Return where a day's rows lie; of several days, the places where something lies."""
+    if date is None or "{date}" not in pattern:
+        return [pattern.replace("{date}", "*")]
+    days = [date - datetime.timedelta(days=i) for i in range((date - (first or date)).days + 1)]
+    paths = [pattern.replace("{date}", day.isoformat()) for day in reversed(days)]
+    # The run's own day must be there; without it the error should name it.
+    return [path for path in paths if path == paths[-1] or _is_there(spark, path)]
+
+
+def _is_there(spark: SparkSession, path: str) -> bool:
+    context = spark.sparkContext
+    assert context._jvm is not None, "a session is active"
+    hadoop_path = context._jvm.org.apache.hadoop.fs.Path(path)
+    file_system = hadoop_path.getFileSystem(context._jsc.hadoopConfiguration())
+    return bool(file_system.globStatus(hadoop_path))
+
+
+def read_files(spark: SparkSession, settings: Files, paths: list[str], where: str) -> DataFrame:
+    """Return the rows of files or folders; `where` names them in an error.
 
     Columns of a CSV are strings; CORRUPT has the text of a line that does not parse.
     """
     try:
         if settings.format == "delta":
-            return tables.read_delta(spark, path)
+            found = [tables.read_delta(spark, path) for path in paths]
+            return functools.reduce(DataFrame.unionByName, found)
         if settings.format == "csv":
-            return _read_csv(spark, settings, path)
+            return _read_csv(spark, settings, paths)
         if settings.format == "json":
-            inferred = spark.read.json(path, columnNameOfCorruptRecord=CORRUPT)
+            inferred = spark.read.json(paths, columnNameOfCorruptRecord=CORRUPT)
             fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
             schema = T.StructType([*fields, T.StructField(CORRUPT, T.StringType())])
-            return spark.read.json(path, schema=schema, columnNameOfCorruptRecord=CORRUPT)
-        return spark.read.parquet(path)
+            return spark.read.json(paths, schema=schema, columnNameOfCorruptRecord=CORRUPT)
+        return spark.read.parquet(*paths)
     except AnalysisException as error:
         raise LcSparkError(
-            f"{where}: cannot read '{path}' as {settings.format}: {first_line(error)}"
+            f"{where}: cannot read '{', '.join(paths)}' as {settings.format}: {first_line(error)}"
         ) from error
 
 
-def _read_csv(spark: SparkSession, settings: Files, path: str) -> DataFrame:
+def _read_csv(spark: SparkSession, settings: Files, paths: list[str]) -> DataFrame:
     # A quote within quotes is written twice (RFC 4180); Spark's default is a backslash before it.
     reader = spark.read.options(sep=settings.delimiter, quote=settings.quote, escape='"')
-    names = settings.columns or reader.csv(path, header=True).columns
+    names = settings.columns or reader.csv(paths, header=True).columns
     fields = [T.StructField(name, T.StringType()) for name in (*names, CORRUPT)]
     # With pruned columns Spark would not see that a line has too many or too few.
     return reader.option("columnPruning", "false").csv(
-        path,
+        paths,
         header=not settings.columns,
         schema=T.StructType(fields),
         columnNameOfCorruptRecord=CORRUPT,
@@ -76,7 +104,7 @@ def _read_csv(spark: SparkSession, settings: Files, path: str) -> DataFrame:
 
 def _join(spark: SparkSession, rows_df: DataFrame, table: Joined, where: str) -> DataFrame:
     """Add a table's columns to the rows; a row without a match gets nulls."""
-    table_df = read_files(spark, table, table.path, where)
+    table_df = read_files(spark, table, [table.path], where)
     if CORRUPT not in table_df.columns:
         table_df = table_df.withColumn(CORRUPT, F.lit(None).cast("string"))
     for column in table.keys:

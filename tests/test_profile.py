@@ -169,7 +169,9 @@ def test_a_line_that_does_not_parse_is_counted_and_not_looked_at(
 ) -> None:
     lines = ["y,site,n", "0,a,1", "1,b,2", "1,c,3,4", "0,a,5", ",b,6"]
     (tmp_path / "log.csv").write_text("\n".join(lines))
-    found = profile(read_files(spark, Files(format="csv"), str(tmp_path / "log.csv"), "TABLE"), "y")
+    found = profile(
+        read_files(spark, Files(format="csv"), [str(tmp_path / "log.csv")], "TABLE"), "y"
+    )
     assert (found.rows, found.corrupt, found.label.missing) == (5, 1, 1)
     assert [(c.name, c.holds, c.distinct) for c in found.columns] == [
         ("site", "text", 2),
