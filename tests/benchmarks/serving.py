@@ -30,13 +30,13 @@ from lc_spark.config import Config
 BLOCKS = 5  # of requests of each kind in turn, so that a busy moment hits all kinds
 
 
-def raw_rows(config: Config, n: int) -> pd.DataFrame:
-    """Return rows of raw as a client would send them: no label, no row id."""
+def raw_rows(config: Config, columns: list[str], n: int) -> pd.DataFrame:
+    """Return rows of raw as a client would send them: the columns that the model reads."""
     spark = session.start(config)
-    raw = tables.read(spark, config, "raw").limit(n).toPandas()
+    raw_df = tables.read(spark, config, "raw").select(*[f"`{c}`" for c in columns])
+    raw = raw_df.limit(n).toPandas()
     spark.stop()
-    raw = raw.drop(columns=["row_id", "label"])
-    return raw.assign(date=raw["date"].astype(str))
+    return raw
 
 
 def serve(arguments: argparse.Namespace) -> tuple[subprocess.Popen[bytes], str]:
@@ -85,10 +85,11 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = [f"workspace={arguments.workspace}"] if arguments.workspace else []
     config = config_file.load(arguments.config, overrides)
-    rows = raw_rows(config, 1000)
     mlflow.set_tracking_uri(tracking.uri_of(config))
     uri = registry.version_of(config, f"models:/{config.model_name}@champion")
     model = mlflow.pyfunc.load_model(uri)
+    columns = list(model.metadata.metadata["raw_columns"])
+    rows = raw_rows(config, columns, 1000)
     process, address = serve(arguments)
     client = requests.Session()
 
@@ -111,7 +112,7 @@ def main() -> None:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
     load = os.getloadavg()[0]
-    print(f"{uri}: {len(model.metadata.metadata['raw_columns'])} raw columns; load {load:.1f}")
+    print(f"{uri}: {len(columns)} raw columns; load {load:.1f}")
     print("| request | p50 ms | p99 ms | rows/s |")
     print("|---|---|---|---|")
     for name, taken in seconds.items():
