@@ -23,7 +23,7 @@ from lc_spark.tracking import StageRun
 
 log = logging.getLogger("lc_spark")
 
-MOST_BARS = 40  # fields in the figure; the table has all
+MOST_BARS = 20  # fields in the figure; the table has all
 MOST_NAMED = 5  # fields in the warning; the page has all
 
 
