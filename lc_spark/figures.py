@@ -151,7 +151,7 @@ def seconds_per_epoch(speeds: Mapping[str, tuple[float, float]]) -> Figure:
 def field_drift(indices: Mapping[str, float], threshold: float) -> Figure:
     """Draw the population stability index of fields as bars, those given first on top."""
     figure, axes = _axes("Drift against the train rows", "population stability index", "")
-    figure.set_size_inches(SIZE[0] * 1.4, 1.2 + 0.22 * len(indices))
+    figure.set_size_inches(SIZE[0] * 1.8, 1.2 + 0.2 * len(indices))
     colours = [COLOURS[1] if index > threshold else COLOURS[0] for index in indices.values()]
     axes.barh(list(indices), list(indices.values()), color=colours, height=0.7)
     axes.axvline(threshold, color="#888888", linewidth=0.8, linestyle="--")

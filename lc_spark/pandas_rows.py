@@ -49,9 +49,9 @@ def prepare_pandas(raw: pd.DataFrame, field_map: FieldMap) -> dict[str, pa.Array
 
 
 def _as_numbers(values: pd.Series) -> NDArray[np.float64]:
-    if values.dtype.kind not in "iuf":
-        values = pd.to_numeric(values, errors="raise")
-    return values.to_numpy(np.float64, na_value=math.nan)
+    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "iuf":
+        return values.to_numpy(np.float64)  # as nearly always; the rest costs some 0.1 ms a column
+    return pd.to_numeric(values, errors="raise").to_numpy(np.float64, na_value=math.nan)
 
 
 def _hashed_lists(values: pd.Series, info: FieldInfo) -> list[list[int]]:

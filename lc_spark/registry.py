@@ -34,7 +34,8 @@ CHALLENGER, CHAMPION = "challenger", "champion"
 DESCRIPTION_LENGTH = 5000  # characters: MLflow's limit
 # What scoring imports; everything else in the environment only makes models.
 SCORING_PACKAGES = (
-    "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch", "xxhash",
+    "mlflow", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "torch",
+    "universal-pathlib", "xxhash",
 )  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from lc_spark.tracking import StageRun
 
 log = logging.getLogger("lc_spark")
 
-MOST_BARS = 40  # fields in the figure; the table has all
+MOST_BARS = 20  # fields in the figure; the table has all
+MOST_NAMED = 5  # fields in the warning; the page has all
 
 
 def score_with_champion(
@@ -50,11 +51,10 @@ def score_with_champion(
         log.warning("score: %s rows cannot be scored and were set aside: %s", f"{aside:,}", reasons)
     drifts = _drifts(bundle, scored.counts, field_map)
     far = drift.drifted(drifts, config.scoring.psi)
-    for one in far:
-        log.warning("score: field %s", _sentence(one, config.scoring.psi))
     run.log_metrics({"rows": scored.rows, "set_aside": aside, "drifted_fields": len(far)})
     run.set_tags({"scores_version": str(version), "date": str(date or "all"), "model": model_uri})
     page = _log_drift(config, run, model_uri, date, scored, drifts)
+    _warn(config, far, len(drifts), page)
     return {
         "rows": scored.rows,
         "set_aside": scored.set_aside,
@@ -108,12 +108,22 @@ def _drifts(bundle: Path, counts: FieldCounts, field_map: FieldMap) -> list[Fiel
     return drift.compare(train, counts, field_map)
 
 
-def _sentence(one: FieldDrift, threshold: float) -> str:
-    said = f"{one.field} drifted: PSI {one.psi:.3f} (chance alone {one.chance:.3f}), above "
-    said += f"scoring.psi = {threshold:g}; missing {one.missing_train:.2%} -> {one.missing:.2%}"
-    if one.unseen is not None and one.unseen_train is not None:
-        said += f", out of vocabulary {one.unseen_train:.2%} -> {one.unseen:.2%}"
-    return said
+def _warn(config: Config, far: Sequence[FieldDrift], fields: int, page: AnyPath) -> None:
+    """Say in one line which fields drifted, the farthest first."""
+    if not far:
+        return
+    said = ", ".join(f"{one.field} (PSI {one.psi:.2f})" for one in far[:MOST_NAMED])
+    more = f" and {len(far) - MOST_NAMED} more" if len(far) > MOST_NAMED else ""
+    log.warning(
+        "score: %d of %d fields drifted from the train rows by more than scoring.psi = %g: %s%s; "
+        "see %s",
+        len(far),
+        fields,
+        config.scoring.psi,
+        said,
+        more,
+        page,
+    )
 
 
 def _log_drift(

@@ -183,8 +183,8 @@ def test_fields_that_drifted_are_named_in_the_log_the_page_and_mlflow(
     with caplog.at_level(logging.WARNING, "lc_spark"):
         facts = log.score(TOMORROW)
     assert set(facts["drifted"]) == {"color", "price"}
-    assert "field color drifted: PSI" in caplog.text
-    assert "out of vocabulary 25.00% -> " in caplog.text
+    assert "2 of 4 fields drifted from the train rows by more than scoring.psi = 0.2" in caplog.text
+    assert "color (PSI " in caplog.text
     page = (log.config.workspace_path / "report" / "scores.html").read_text()
     assert page.count(">drifted</span></th>") == 2
     assert "<svg" in page
