@@ -63,6 +63,7 @@ def run(
     wide_console.print(report.result_table(facts["results"], facts["best"]))
     console.print(f"Report      {facts['report']}", soft_wrap=True)
     console.print(f"Model       {facts['registered']}", soft_wrap=True)
+    console.print(f"Gate        {made['gate']['says']}", soft_wrap=True)
     console.print(f"MLflow      lc-spark ui {config}", soft_wrap=True)
 
 

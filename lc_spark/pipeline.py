@@ -35,7 +35,7 @@ def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None
     made["seconds"] = round(time.perf_counter() - started, 1)
     made["settings"] = facts.settings_digest(config, name)
     facts.write(config, name, made)
-    if name == RUN_STAGES[-1]:
+    if name in (RUN_STAGES[-1], "score"):  # scoring may begin a run of its own: it is its last
         tracking.end_run(config, under, "FINISHED")
     log.info("%s: %s (%.0f s)", name, made.pop("summary"), made["seconds"])
     return made

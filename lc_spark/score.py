@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 
 from lc_spark.config import Config
 from lc_spark.encoder import encode
+from lc_spark.errors import LcSparkError
 from lc_spark.features import drift
 from lc_spark.features.drift import FieldCounts
 from lc_spark.features.prepare import prepared_column
@@ -100,8 +101,17 @@ def _scored_df(
 
 
 def raw_scores_df(raw_df: DataFrame, bundle: Path, keep: tuple[str, ...]) -> DataFrame:
-    """Return the columns to keep and the score (double) of rows of ``raw``, scored by a bundle."""
+    """Return the columns to keep and the score (double) of rows of ``raw``, scored by a bundle.
+
+    Raises LcSparkError when ``raw`` lacks a column that the bundle's model reads.
+    """
     scorer = Scorer(bundle)
+    lacking = [c for c in scorer.field_map.raw_columns if c not in raw_df.columns]
+    if lacking:
+        raise LcSparkError(
+            f"The model in {bundle} reads column '{lacking[0]}', which 'raw' lacks: a champion of "
+            "other columns can only be replaced by hand (lc-spark promote)."
+        )
     shared = raw_df.sparkSession.sparkContext.broadcast(scorer)
 
     def score(batches: Batches) -> Batches:

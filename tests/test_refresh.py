@@ -334,3 +334,20 @@ def test_days_that_left_the_window_and_shards_of_earlier_days_are_removed(
         "days/2013-01-06/models",
         "days/2013-01-06/shards",
     }
+
+
+def test_networks_see_the_window_or_the_days_since_the_run_they_go_on_from(
+    make_config: ConfigMaker,
+) -> None:
+    source = {"path": "there/is/no/source", "date": "day"}
+    parent = refresh.Parent("2013-02-27", "3", "f" * 16)
+    for train_on, first in (("window", None), ("new_days", datetime.date(2013, 2, 28))):
+        config = make_config(
+            {
+                "split": {"by": "window"},
+                "source": source,
+                "refresh": {"mode": "append", "train_on": train_on},
+            }
+        )
+        assert refresh.first_train_date(config, parent) == first
+        assert refresh.first_train_date(config, None) is None
