@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame
@@ -67,10 +67,35 @@ def fit_features(
         numeric = fit_numeric(train_df, numbers, types, n_rows, seed)
     else:
         numeric = [old.field_map[f.name] for f in numbers]
-    texts = [_text_info(f, types) for f in valued]
-    crosses = [f for f in fields if isinstance(f, Crossed)]
     cuts = {f.name: f.min_count for f in fields if not isinstance(f, Bucketed | Continuous)}
-    counted = [info for info in texts if info.hashed is None]
+    texts = [_text_info(f, types) for f in valued]
+    ranked_df, words, texts = _fit_values(train_df, texts, cuts, old, recent_df)
+    by_name = {info.name: info for info in (*numeric, *texts)}
+    base = FieldMap(tuple(by_name[f.name] for f in fields if f.name in by_name))
+    crosses = [_cross_info(f) for f in fields if isinstance(f, Crossed)]
+    keys_df, ranked_keys_df, words, crosses = _fit_crosses(
+        train_df, crosses, base, words, cuts, old, recent_df
+    )
+    parent = "" if old is None else old.field_map.fingerprint
+    field_map = FieldMap((*base.fields, *crosses), parent=parent)
+
+    value_levels_df = ranked_df.unionByName(_plain_levels(train_df, field_map, keys_df, n_rows))
+    value_levels_df = value_levels_df.withColumn("value", _level_name_column())
+    levels_df = value_levels_df.unionByName(
+        _cross_levels(ranked_keys_df, value_levels_df, field_map)
+    )
+    return Fitted(field_map, words, levels_df)
+
+
+def _fit_values(
+    train_df: DataFrame,
+    infos: list[FieldInfo],
+    cuts: Mapping[str, int],
+    old: Grown | None,
+    recent_df: DataFrame | None,
+) -> tuple[DataFrame, Vocabulary, list[FieldInfo]]:
+    """Fit categorical and multivalued fields: ranked values, vocabulary, infos with sizes."""
+    counted = [info for info in infos if info.hashed is None]
     counts_df = vocab.count_values(train_df, counted).persist(StorageLevel.DISK_ONLY)
     given = _given(old, counted)
     if recent_df is not None:
@@ -79,38 +104,34 @@ def fit_features(
     value_cuts = {info.name: cuts[info.name] for info in counted} or {"": 1}
     ranked_df = vocab.rank_values(counts_df, value_cuts, given).persist(StorageLevel.DISK_ONLY)
     words, sizes = vocab.to_vocabulary(ranked_df, counted)
-    texts = [_sized(info, sizes, words) for info in texts]
-    by_name = {info.name: info for info in (*numeric, *texts)}
-    base = FieldMap(tuple(by_name[f.name] for f in fields if f.name in by_name))
+    return ranked_df, words, [_sized(info, sizes, words) for info in infos]
 
-    cross_infos = [
-        FieldInfo(f.name, "crossed", size=(f.hashed or 0) + 1, of=f.of, hashed=f.hashed)
-        for f in crosses
-    ]
-    for info in cross_infos:
+
+def _fit_crosses(
+    train_df: DataFrame,
+    infos: list[FieldInfo],
+    base: FieldMap,
+    words: Vocabulary,
+    cuts: Mapping[str, int],
+    old: Grown | None,
+    recent_df: DataFrame | None,
+) -> tuple[DataFrame, DataFrame, Vocabulary, list[FieldInfo]]:
+    """Fit crosses: counts of their keys and of base's indices, ranked keys, all words, infos."""
+    for info in infos:
         check_cross_fits(info, base)
-    ranked_crosses = [info for info in cross_infos if info.hashed is None]
-    counted_map = FieldMap((*base.fields, *(i for i in cross_infos if i.hashed is not None)))
-    keys_df = vocab.count_indices(train_df, counted_map, words, ranked_crosses)
+    ranked = [info for info in infos if info.hashed is None]
+    counted_map = FieldMap((*base.fields, *(i for i in infos if i.hashed is not None)))
+    keys_df = vocab.count_indices(train_df, counted_map, words, ranked)
     keys_df = keys_df.persist(StorageLevel.DISK_ONLY)
-    cross_cuts = {info.name: cuts[info.name] for info in ranked_crosses} or {"": 1}
-    given = _given(old, ranked_crosses, base)
+    given = _given(old, ranked, base)
     if recent_df is not None:
-        seen_df = vocab.count_indices(recent_df, counted_map, words, ranked_crosses)
+        seen_df = vocab.count_indices(recent_df, counted_map, words, ranked)
         given = vocab.Given(seen_df=seen_df.select("field", F.col("key").alias("hash")))
-    ranked_keys_df = vocab.rank_keys(keys_df, cross_cuts, given).persist(StorageLevel.DISK_ONLY)
-    cross_words, cross_sizes = vocab.to_vocabulary(ranked_keys_df, ranked_crosses)
-    words = Vocabulary({**words.entries, **cross_words.entries})
-    cross_infos = [_sized(info, cross_sizes, words) for info in cross_infos]
-    parent = "" if old is None else old.field_map.fingerprint
-    field_map = FieldMap((*base.fields, *cross_infos), parent=parent)
-
-    value_levels_df = ranked_df.unionByName(_plain_levels(train_df, field_map, keys_df, n_rows))
-    value_levels_df = value_levels_df.withColumn("value", _level_name_column())
-    levels_df = value_levels_df.unionByName(
-        _cross_levels(ranked_keys_df, value_levels_df, field_map)
-    )
-    return Fitted(field_map, words, levels_df)
+    cross_cuts = {info.name: cuts[info.name] for info in ranked} or {"": 1}
+    ranked_df = vocab.rank_keys(keys_df, cross_cuts, given).persist(StorageLevel.DISK_ONLY)
+    cross_words, sizes = vocab.to_vocabulary(ranked_df, ranked)
+    all_words = Vocabulary({**words.entries, **cross_words.entries})
+    return keys_df, ranked_df, all_words, [_sized(info, sizes, all_words) for info in infos]
 
 
 def _check_same(fields: Sequence[AnyField], old_map: FieldMap) -> None:
@@ -186,6 +207,11 @@ def _text_info(field: Categorical | Multivalued, types: dict[str, str]) -> Field
         delimiter=field.delimiter if isinstance(field, Multivalued) else None,
         max_values=field.max_values if isinstance(field, Multivalued) else 1,
     )
+
+
+def _cross_info(field: Crossed) -> FieldInfo:
+    size = (field.hashed or 0) + 1
+    return FieldInfo(field.name, "crossed", size=size, of=field.of, hashed=field.hashed)
 
 
 def _sized(info: FieldInfo, sizes: dict[str, int], words: Vocabulary) -> FieldInfo:
