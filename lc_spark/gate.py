@@ -101,7 +101,16 @@ def compare(spark: SparkSession, config: Config) -> Verdict:
     rows_df.unpersist()
     new, old = found["challenger"], found.get("champion")
     against = reasons_against(config.gate, new, old)
+    if champion is not None:
+        against += out_of_date(str(config.day or "all"), champion.tags["day"])
     return Verdict(version, champion.version if champion else "", against, new, old)
+
+
+def out_of_date(day: str, champion_day: str) -> tuple[str, ...]:
+    """Return why the model of a day that is run again may not replace a later day's."""
+    if "all" in (day, champion_day) or day >= champion_day:
+        return ()
+    return (f"the champion is of a later day, {champion_day}",)
 
 
 def _test_rows(spark: SparkSession, config: Config) -> DataFrame:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lc_spark.daily_settings import Gate
-from lc_spark.gate import reasons_against
+from lc_spark.gate import out_of_date, reasons_against
 from lc_spark.metrics import Metrics
 
 GATE = Gate(auc=0.002, logloss=0.002, calibration=0.05, min_rows=1000, min_positives=100)
@@ -53,3 +53,16 @@ def test_too_few_rows_or_positives_decide_nothing_even_for_the_first() -> None:
         "99 positives, gate.min_positives is 100",
     )
     assert reasons_against(GATE, OLD, None) == ()
+
+
+def test_a_day_that_is_run_again_does_not_replace_a_later_one() -> None:
+    assert out_of_date("2013-02-03", "2013-02-04") == (
+        "the champion is of a later day, 2013-02-04",
+    )
+    for day, champion_day in (
+        ("2013-02-04", "2013-02-04"),
+        ("2013-02-05", "2013-02-04"),
+        ("all", "all"),
+        ("2013-02-05", "all"),
+    ):
+        assert out_of_date(day, champion_day) == ()
