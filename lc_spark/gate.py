@@ -102,7 +102,7 @@ def compare(spark: SparkSession, config: Config) -> Verdict:
     new, old = found["challenger"], found.get("champion")
     against = reasons_against(config.gate, new, old)
     if champion is not None:
-        against += out_of_date(str(config.day or "all"), champion.tags["day"])
+        against += out_of_date(str(config.day or "all"), champion.tags.get("day", "all"))
     return Verdict(version, champion.version if champion else "", against, new, old)
 
 
