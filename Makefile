@@ -6,8 +6,8 @@ BIN := .venv/bin
 # The lock file also pins uv, which installs the rest.
 UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
 
-.PHONY: help env airflow-env airflow-demo demo demo-by-day ui wheel test test-fast check format \
-	lock clean
+.PHONY: help env airflow-env airflow-demo demo demo-by-day ui wheel cluster-demo test \
+	test-fast check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ wheel: env ## the library as dist/*.whl, and as dist/lc_spark.zip for spark-subm
 		--no-build-isolation --wheel-dir dist .
 	cp dist/lc_spark-*.whl dist/lc_spark.zip
 	rm -rf build
+
+cluster-demo: wheel ## two days of the daily pipeline by spark-submit, on a cluster of processes
+	rm -rf workspace/cluster_demo
+	$(BIN)/python tests/standalone_cluster.py workspace/cluster_demo/cluster -- tests/cluster_days.sh
 
 test: check ## everything that CI checks
 	$(BIN)/python -m pytest --durations=15

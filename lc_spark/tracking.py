@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # MLflow reports usage to its makers from the first import on unless told not to.
@@ -99,12 +100,20 @@ def client_of(uri: str) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(uri, uri)
 
 
+def _artifact_folder(config: Config) -> Path:
+    """Return where the artifacts of an SQLite store lie: MLflow knows not all that Spark does."""
+    workspace, store = config.workspace_path, uri_of(config).removeprefix("sqlite:///")
+    folder = workspace if isinstance(workspace, Path) else Path(store).resolve().parent
+    return folder / "mlartifacts"
+
+
 def _experiment_id(config: Config) -> str:
     uri, name = uri_of(config), config.tracking.experiment
     location = None  # a server says itself where artifacts lie
     if uri.startswith("sqlite:"):  # a database file knows only the current folder
-        config.workspace_path.mkdir(parents=True, exist_ok=True)
-        location = (config.workspace_path / "mlartifacts").as_uri()
+        folder = _artifact_folder(config)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        location = folder.as_uri()
     try:
         found = client_of(uri).get_experiment_by_name(name)
         if found is not None and found.lifecycle_stage == "active":
@@ -211,5 +220,5 @@ def serve_ui(config: Config, port: int) -> None:
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # three more processes, 1 GB
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--backend-store-uri", uri]
-    command += ["--artifacts-destination", str(config.workspace_path / "mlartifacts")]
+    command += ["--artifacts-destination", str(_artifact_folder(config))]
     os.execv(sys.executable, command)

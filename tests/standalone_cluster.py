@@ -117,7 +117,7 @@ def _end_with_parent() -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a daemon and its executors, which are of its process group."""
+    """End a process and what it started: a daemon's executors are of its process group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -164,7 +164,11 @@ def main(folder: str, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with standalone_cluster(Path(folder).resolve()) as cluster:
         print(f"Cluster     {cluster.master}, two workers; logs in {folder}", flush=True)
-        return subprocess.run(command, env=cluster.environment(), check=False).returncode
+        process = subprocess.Popen(command, env=cluster.environment(), start_new_session=True)
+        try:
+            return process.wait()
+        finally:
+            _end(process)
 
 
 if __name__ == "__main__":
