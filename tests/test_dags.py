@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 import yaml
@@ -30,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).parent.parent
 ROWS = 300  # of a day
 SATURDAY, SUNDAY, MONDAY = (datetime.date(2013, 2, day) for day in (2, 3, 4))
-EMPTY, BROKEN = (datetime.date(2013, 2, day) for day in (20, 21))
+LATER = datetime.date(2013, 2, 20)
 ONE_DAY = datetime.timedelta(days=1)
 JOBS = [
     "ingest",
@@ -86,14 +87,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config_path(folder: Path) -> Path:
-    """A config of three fields and a file a day: some of the flights, one day none, one garbage."""
+    """A config of three fields and a file a day, with some of its flights."""
     columns = ["date", "carrier", "flight", "origin", "dest", "hour", "sched_dep_time"]
     flights = datasets.flights()[[*columns, "dep_time", "arr_delay"]]
     (folder / "source").mkdir()
-    for day in (SATURDAY - ONE_DAY, SATURDAY, SUNDAY, MONDAY, MONDAY + ONE_DAY, EMPTY):
-        rows = flights[flights["date"] == day].head(0 if day == EMPTY else ROWS)
+    for day in (SATURDAY - ONE_DAY, SATURDAY, SUNDAY, MONDAY, MONDAY + ONE_DAY):
+        rows = flights[flights["date"] == day].head(ROWS)
         rows.to_parquet(folder / "source" / f"{day}.parquet", index=False)
-    (folder / "source" / f"{BROKEN}.parquet").write_bytes(b"PAR1 and then a disk was full")
     settings = yaml.safe_load((ROOT / "conf" / "flights_daily.yaml").read_text())
     settings |= {"workspace": str(folder / "workspace"), "name": "tiny"}
     settings["source"] |= {"dataset": None, "path": str(folder / "source" / "{date}.parquet")}
@@ -190,14 +190,22 @@ def test_a_day_runs_every_job_and_each_log_has_the_address_of_the_mlflow_run(
 
 
 @pytest.mark.parametrize(
-    ("day", "sentence"), [(EMPTY, "has no rows"), (BROKEN, "cannot read")], ids=["empty", "broken"]
+    ("content", "sentence"),
+    [("no rows", "has no rows"), (b"PAR1, and then the disk was full", "cannot read")],
+    ids=["no rows", "broken"],
 )
 def test_a_day_without_rows_or_of_a_broken_file_ends_at_ingest(
-    day: datetime.date, sentence: str, saturday: str, made: Made, spark: SparkSession
+    content: str | bytes, sentence: str, saturday: str, made: Made, spark: SparkSession
 ) -> None:
     assert saturday
     before = state(spark, made)
-    done = made.run_day(day, **LOCAL)
+    path = Path(str(made.config.source.path).format(date=LATER))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        pd.read_parquet(path.with_name(f"{SATURDAY}.parquet")).head(0).to_parquet(path)
+    done = made.run_day(LATER, **LOCAL)
+    path.unlink()
     assert done.returncode != 0
     assert jobs_begun(done.stdout) == ["ingest"]
     assert sentence in done.stdout
@@ -285,6 +293,8 @@ def test_a_backfilled_day_goes_on_from_the_last_one_where_yesterday_is_missing(
     backfilled = next(r for r in done if r["run_type"] == "backfill")
     tasks = server.tasks("lc_spark_daily", backfilled["dag_run_id"])
     assert [(t["task_id"], t["state"]) for t in tasks] == [(job, "success") for job in JOBS]
-    log = server.task_log("lc_spark_daily", backfilled["dag_run_id"], "build_features")
-    assert f"goes on from {SATURDAY}" in log
+    log = server.task_log("lc_spark_daily", backfilled["dag_run_id"], "ingest")
+    assert f"'raw' has no rows of {SUNDAY}" in log
+    features = made.config.for_day(MONDAY).run_path / "stages" / "features.json"
+    assert json.loads(features.read_text())["parent"]["day"] == str(SATURDAY)
     assert set(state(spark, made)["scores"]) == {SUNDAY, MONDAY + ONE_DAY}
