@@ -22,6 +22,7 @@ import pytest
 import yaml
 from local_airflow import BIN, Airflow, connection, new_airflow, running
 from pyspark.sql import SparkSession
+from standalone_cluster import standalone_cluster
 
 from lc_spark import config_file, datasets, registry, tables
 from lc_spark.config import Config
@@ -112,14 +113,19 @@ def config_path(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, config_path: Path) -> Made:
-    """An Airflow on the cluster, without its server yet, whose Variable names the tiny config."""
+def made(folder: Path, config_path: Path) -> Iterator[Made]:
+    """An Airflow on a cluster, without its server yet, whose Variable names the tiny config."""
     properties = folder / "tiny.conf"
     properties.write_text(
-        (ROOT / "conf" / "spark.conf").read_text()
-        + "spark.ui.enabled false\nspark.sql.shuffle.partitions 2\n"
+        (ROOT / "conf" / "cluster.conf").read_text()
+        # The jobs are tiny: what costs is the start of each, so one executor, and little to compile.
+        + "spark.cores.max 1\n"
+        + "spark.ui.enabled false\n"
+        + "spark.sql.shuffle.partitions 2\n"
         + "spark.databricks.delta.snapshotPartitions 1\n"
         + "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1\n"
+        + "spark.executor.extraJavaOptions -XX:TieredStopAtLevel=1\n"
+        + f"spark.executorEnv.PYTHONPATH {ROOT}\n"
     )
     settings = {
         "config": str(config_path),
@@ -127,8 +133,9 @@ def made(folder: Path, config_path: Path) -> Made:
         "driver_memory": "1g",
         "retries": 0,
     }
-    airflow = new_airflow(folder / "airflow", "local[2]", settings)
-    return Made(airflow, config_file.load(config_path), config_path)
+    with standalone_cluster(folder / "cluster") as cluster:
+        airflow = new_airflow(folder / "airflow", cluster.master, settings)
+        yield Made(airflow, config_file.load(config_path), config_path)
 
 
 @pytest.fixture(scope="module")
