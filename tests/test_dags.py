@@ -118,7 +118,7 @@ def made(folder: Path, config_path: Path) -> Iterator[Made]:
     properties = folder / "tiny.conf"
     properties.write_text(
         (ROOT / "conf" / "cluster.conf").read_text()
-        # The jobs are tiny: what costs is the start of each, so one executor, and little to compile.
+        # The jobs are tiny: what costs is the start of each, so one executor, little compiled.
         + "spark.cores.max 1\n"
         + "spark.ui.enabled false\n"
         + "spark.sql.shuffle.partitions 2\n"
