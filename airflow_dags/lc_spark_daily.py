@@ -47,7 +47,8 @@ STAGES = {
     "score": "Rows of the **next** day and the champion to Delta `scores`.",
 }
 
-DAY = "(params.date or (data_interval_start or dag_run.run_after.subtract(days=1)) | ds)"
+# The day that ended last before a run: of its data interval, or of the moment it was triggered at.
+LAST_DAY = "((dag_run.data_interval_end or dag_run.run_after) - macros.timedelta(days=1)) | ds"
 
 
 def settings() -> dict[str, Any]:
@@ -80,7 +81,7 @@ def prepare(_context: Any) -> None:
 
 def stage(job: str) -> SparkSubmitOperator:
     """Return the task of one job."""
-    day = f"{{{{ macros.ds_add({DAY}, {int(job == 'score')}) }}}}"
+    day = f"{{{{ macros.ds_add(params.date or {LAST_DAY}, {int(job == 'score')}) }}}}"
     arguments = ["--config", "{{ params.config }}", "--date", day]
     return SparkSubmitOperator(
         task_id=job,
@@ -164,7 +165,7 @@ with DAG(
         doc_md="Runs `lc_spark_daily` of Saturday with `refresh: scratch` and waits for its end.",
         trigger_dag_id="lc_spark_daily",
         trigger_run_id="weekly__{{ run_id }}",
-        conf={"refresh": "scratch", "date": "{{ macros.ds_add(data_interval_end | ds, -1) }}"},
+        conf={"refresh": "scratch", "date": f"{{{{ {LAST_DAY} }}}}"},
         note="Weekly refit from scratch",
         reset_dag_run=True,
         wait_for_completion=True,
