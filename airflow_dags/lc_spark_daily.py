@@ -167,9 +167,9 @@ with DAG(
         doc_md="Runs `lc_spark_daily` of Saturday with `refresh: scratch` and waits for its end.",
         trigger_dag_id="lc_spark_daily",
         trigger_run_id="weekly__{{ run_id }}",
-        # Sunday noon, of which LAST_DAY makes Saturday.
+        # By default this moment, which may lie beyond end_date; the data interval would be of it too.
         logical_date="{{ dag_run.data_interval_end or dag_run.run_after }}",
-        conf={"refresh": "scratch"},
+        conf={"refresh": "scratch", "date": f"{{{{ {LAST_DAY} }}}}"},
         note="Weekly refit from scratch",
         reset_dag_run=True,
         wait_for_completion=True,

@@ -278,7 +278,7 @@ def test_the_weekly_refit_runs_its_day_again_from_scratch(
         "lc_spark_weekly", week["dag_run_id"], "refit_from_scratch"
     )
     refit = next(r for r in server.runs("lc_spark_daily") if r["dag_run_id"].startswith("weekly__"))
-    assert refit["conf"] == {"refresh": "scratch"}
+    assert refit["conf"] == {"refresh": "scratch", "date": str(SATURDAY)}
     tasks = server.tasks("lc_spark_daily", refit["dag_run_id"])
     assert [(t["task_id"], t["state"]) for t in tasks] == [(job, "success") for job in JOBS]
     log = server.task_log("lc_spark_daily", refit["dag_run_id"], "build_features")
