@@ -167,7 +167,7 @@ with DAG(
         doc_md="Runs `lc_spark_daily` of Saturday with `refresh: scratch` and waits for its end.",
         trigger_dag_id="lc_spark_daily",
         trigger_run_id="weekly__{{ run_id }}",
-        # By default this moment, which may lie beyond end_date; the data interval would be of it too.
+        # By default this moment, which may lie beyond end_date; the interval is of it all the same.
         logical_date="{{ dag_run.data_interval_end or dag_run.run_after }}",
         conf={"refresh": "scratch", "date": f"{{{{ {LAST_DAY} }}}}"},
         note="Weekly refit from scratch",
