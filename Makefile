@@ -32,6 +32,10 @@ airflow-env: .airflow-venv/.done ## make .airflow-venv: Airflow, apart from .ven
 	$(BIN)/uv pip install --python .airflow-venv/bin/python --require-hashes -r requirements-airflow.lock
 	@touch $@
 
+airflow-demo: airflow-env ## three days of the flights through Airflow, on a cluster of this machine
+	$(BIN)/python tests/standalone_cluster.py workspace/airflow-demo/cluster -- \
+		$(BIN)/python tests/local_airflow.py workspace/airflow-demo/airflow 2013-03-01 2013-03-03
+
 demo: env ## flights of 2013: the whole pipeline, result table, report
 	$(BIN)/lc-spark run conf/flights.yaml
 	@echo "Next: 'make ui' opens MLflow; 'make demo-by-day' runs the same flights split by time"
@@ -53,7 +57,7 @@ cluster-demo: wheel ## two days of the daily pipeline by spark-submit, on a clus
 	rm -rf workspace/cluster_demo
 	$(BIN)/python tests/standalone_cluster.py workspace/cluster_demo/cluster -- tests/cluster_days.sh
 
-test: check ## everything that CI checks
+test: check airflow-env ## everything that CI checks
 	$(BIN)/python -m pytest --durations=15
 
 test-fast: env ## the tests that take seconds

@@ -21,9 +21,10 @@ SETTINGS: dict[str, Any] = {
     "home": str(HERE.parent),  # the repository: jobs run in this folder
     "environment": ".venv",  # with spark-submit and the interpreter of driver and local executors
     "connection": "lc_spark",  # id of the Airflow connection that names Spark's master
-    # The flights are those of 2013. A log that goes on has "end_date": null.
     "start_date": "2013-01-01",
-    "end_date": "2013-12-30",
+    # The last day of a log that has ended, as the flights. What is triggered for a later moment is
+    # then a run without tasks, and a success: such a run needs a logical date.
+    "end_date": None,
     "retries": 2,
     "retry_minutes": 15,
     "timeout_minutes": 120,  # of one stage
@@ -47,7 +48,8 @@ STAGES = {
     "score": "Rows of the **next** day and the champion to Delta `scores`.",
 }
 
-DAY = "(params.date or (data_interval_start or dag_run.run_after.subtract(days=1)) | ds)"
+# The day that ended last before a run: of its data interval, or of the moment it was triggered at.
+LAST_DAY = "((dag_run.data_interval_end or dag_run.run_after) - macros.timedelta(days=1)) | ds"
 
 
 def settings() -> dict[str, Any]:
@@ -80,7 +82,7 @@ def prepare(_context: Any) -> None:
 
 def stage(job: str) -> SparkSubmitOperator:
     """Return the task of one job."""
-    day = f"{{{{ macros.ds_add({DAY}, {int(job == 'score')}) }}}}"
+    day = f"{{{{ macros.ds_add(params.date or {LAST_DAY}, {int(job == 'score')}) }}}}"
     arguments = ["--config", "{{ params.config }}", "--date", day]
     return SparkSubmitOperator(
         task_id=job,
@@ -97,7 +99,8 @@ def stage(job: str) -> SparkSubmitOperator:
             "spark.driver.memory": "{{ params.driver_memory }}",
             "spark.executor.memory": "{{ params.executor_memory }}",
             "spark.executor.cores": "{{ params.executor_cores }}",
-            "spark.ui.showConsoleProgress": "false",  # a log is no terminal
+            "spark.ui.showConsoleProgress": "false",  # a log is no terminal,
+            "spark.log.level": "WARN",  # and should be of what the job says
         },
         pre_execute=prepare,
     )
@@ -164,7 +167,9 @@ with DAG(
         doc_md="Runs `lc_spark_daily` of Saturday with `refresh: scratch` and waits for its end.",
         trigger_dag_id="lc_spark_daily",
         trigger_run_id="weekly__{{ run_id }}",
-        conf={"refresh": "scratch", "date": "{{ macros.ds_add(data_interval_end | ds, -1) }}"},
+        # By default this moment, which may lie beyond end_date; the interval is of it all the same.
+        logical_date="{{ dag_run.data_interval_end or dag_run.run_after }}",
+        conf={"refresh": "scratch", "date": f"{{{{ {LAST_DAY} }}}}"},
         note="Weekly refit from scratch",
         reset_dag_run=True,
         wait_for_completion=True,

@@ -206,7 +206,9 @@ def main(home: Path, first: str, last: str) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     days = (datetime.date.fromisoformat(last) - datetime.date.fromisoformat(first)).days + 1
     airflow = new_airflow(
-        home.resolve(), os.environ.get("LC_SPARK_MASTER", "local[2]"), {"retries": 0}
+        home.resolve(),
+        os.environ.get("LC_SPARK_MASTER", "local[2]"),
+        {"retries": 0, "end_date": last},
     )
     with running(airflow):
         print(f"Airflow     {airflow.server}; logs in {home}", flush=True)

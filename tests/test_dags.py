@@ -17,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from local_airflow import BIN, Airflow, connection, new_airflow, running
 from pyspark.sql import SparkSession
+from standalone_cluster import standalone_cluster
 
 from lc_spark import config_file, datasets, registry, tables
 from lc_spark.config import Config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parent.parent
 ROWS = 300  # of a day
 SATURDAY, SUNDAY, MONDAY = (datetime.date(2013, 2, day) for day in (2, 3, 4))
-EMPTY, BROKEN = (datetime.date(2013, 2, day) for day in (20, 21))
+LATER = datetime.date(2013, 2, 20)
 ONE_DAY = datetime.timedelta(days=1)
 JOBS = [
     "ingest",
@@ -86,14 +88,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config_path(folder: Path) -> Path:
-    """A config of three fields and a file a day: some of the flights, one day none, one garbage."""
+    """A config of three fields and a file a day, with some of its flights."""
     columns = ["date", "carrier", "flight", "origin", "dest", "hour", "sched_dep_time"]
     flights = datasets.flights()[[*columns, "dep_time", "arr_delay"]]
     (folder / "source").mkdir()
-    for day in (SATURDAY - ONE_DAY, SATURDAY, SUNDAY, MONDAY, MONDAY + ONE_DAY, EMPTY):
-        rows = flights[flights["date"] == day].head(0 if day == EMPTY else ROWS)
+    for day in (SATURDAY - ONE_DAY, SATURDAY, SUNDAY, MONDAY, MONDAY + ONE_DAY):
+        rows = flights[flights["date"] == day].head(ROWS)
         rows.to_parquet(folder / "source" / f"{day}.parquet", index=False)
-    (folder / "source" / f"{BROKEN}.parquet").write_bytes(b"PAR1 and then a disk was full")
     settings = yaml.safe_load((ROOT / "conf" / "flights_daily.yaml").read_text())
     settings |= {"workspace": str(folder / "workspace"), "name": "tiny"}
     settings["source"] |= {"dataset": None, "path": str(folder / "source" / "{date}.parquet")}
@@ -112,23 +113,30 @@ def config_path(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, config_path: Path) -> Made:
-    """An Airflow on the cluster, without its server yet, whose Variable names the tiny config."""
+def made(folder: Path, config_path: Path) -> Iterator[Made]:
+    """An Airflow on a cluster, without its server yet, whose Variable names the tiny config."""
     properties = folder / "tiny.conf"
     properties.write_text(
-        (ROOT / "conf" / "spark.conf").read_text()
-        + "spark.ui.enabled false\nspark.sql.shuffle.partitions 2\n"
+        (ROOT / "conf" / "cluster.conf").read_text()
+        # The jobs are tiny: what costs is the start of each, so one executor, little compiled.
+        + "spark.cores.max 1\n"
+        + "spark.ui.enabled false\n"
+        + "spark.sql.shuffle.partitions 2\n"
         + "spark.databricks.delta.snapshotPartitions 1\n"
         + "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1\n"
+        + "spark.executor.extraJavaOptions -XX:TieredStopAtLevel=1\n"
+        + f"spark.executorEnv.PYTHONPATH {ROOT}\n"
     )
     settings = {
         "config": str(config_path),
         "properties_file": str(properties),
         "driver_memory": "1g",
         "retries": 0,
+        "end_date": "2013-12-30",  # unpaused, the DAGs must not run for today
     }
-    airflow = new_airflow(folder / "airflow", "local[2]", settings)
-    return Made(airflow, config_file.load(config_path), config_path)
+    with standalone_cluster(folder / "cluster") as cluster:
+        airflow = new_airflow(folder / "airflow", cluster.master, settings)
+        yield Made(airflow, config_file.load(config_path), config_path)
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +198,22 @@ def test_a_day_runs_every_job_and_each_log_has_the_address_of_the_mlflow_run(
 
 
 @pytest.mark.parametrize(
-    ("day", "sentence"), [(EMPTY, "has no rows"), (BROKEN, "cannot read")], ids=["empty", "broken"]
+    ("content", "sentence"),
+    [(b"", "has no rows"), (b"PAR1, and then the disk was full", "cannot read")],
+    ids=["no rows", "broken"],
 )
 def test_a_day_without_rows_or_of_a_broken_file_ends_at_ingest(
-    day: datetime.date, sentence: str, saturday: str, made: Made, spark: SparkSession
+    content: bytes, sentence: str, saturday: str, made: Made, spark: SparkSession
 ) -> None:
     assert saturday
     before = state(spark, made)
-    done = made.run_day(day, **LOCAL)
+    path = Path(str(made.config.source.path).format(date=LATER))
+    if content:
+        path.write_bytes(content)
+    else:
+        pq.write_table(pq.read_table(path.with_name(f"{SATURDAY}.parquet")).slice(0, 0), path)
+    done = made.run_day(LATER, **LOCAL)
+    path.unlink()
     assert done.returncode != 0
     assert jobs_begun(done.stdout) == ["ingest"]
     assert sentence in done.stdout
@@ -225,11 +241,9 @@ def test_the_driver_of_a_task_that_takes_too_long_dies_with_it(
     slow = folder / "slow.yaml"
     slow.write_text(yaml.safe_dump(settings))
     variable = json.loads(made.airflow.variables["AIRFLOW_VAR_LC_SPARK"])
-    variable |= {"config": str(slow), "timeout_minutes": 0.5}
+    variable |= {"config": str(slow), "timeout_minutes": 0.75}
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(
-            made.run_day, SATURDAY, **LOCAL, AIRFLOW_VAR_LC_SPARK=json.dumps(variable)
-        )
+        run = pool.submit(made.run_day, SUNDAY, **LOCAL, AIRFLOW_VAR_LC_SPARK=json.dumps(variable))
         seen = set[str]()
         while not run.done():
             seen |= set(working_on(slow))
@@ -259,7 +273,7 @@ def test_the_weekly_refit_runs_its_day_again_from_scratch(
     dates = ("--from-date", str(SATURDAY - 6 * ONE_DAY), "--to-date", str(SATURDAY))
     created = server.run("backfill", "create", "--dag-id", "lc_spark_weekly", *dates)
     assert created.returncode == 0, created.stdout
-    (week,) = server.wait_for_runs("lc_spark_weekly", 1, 1200)
+    (week,) = server.wait_for_runs("lc_spark_weekly", 1, 1800)
     assert week["state"] == "success", server.task_log(
         "lc_spark_weekly", week["dag_run_id"], "refit_from_scratch"
     )
@@ -281,10 +295,12 @@ def test_a_backfilled_day_goes_on_from_the_last_one_where_yesterday_is_missing(
     dates = ("--from-date", str(MONDAY), "--to-date", str(MONDAY))
     created = server.run("backfill", "create", "--dag-id", "lc_spark_daily", *dates)
     assert created.returncode == 0, created.stdout
-    done = server.wait_for_runs("lc_spark_daily", len(server.runs("lc_spark_daily")), 1200)
+    done = server.wait_for_runs("lc_spark_daily", len(server.runs("lc_spark_daily")), 1800)
     backfilled = next(r for r in done if r["run_type"] == "backfill")
     tasks = server.tasks("lc_spark_daily", backfilled["dag_run_id"])
     assert [(t["task_id"], t["state"]) for t in tasks] == [(job, "success") for job in JOBS]
-    log = server.task_log("lc_spark_daily", backfilled["dag_run_id"], "build_features")
-    assert f"goes on from {SATURDAY}" in log
+    log = server.task_log("lc_spark_daily", backfilled["dag_run_id"], "ingest")
+    assert f"'raw' has no rows of {SUNDAY}" in log
+    features = made.config.for_day(MONDAY).run_path / "stages" / "features.json"
+    assert json.loads(features.read_text())["parent"]["day"] == str(SATURDAY)
     assert set(state(spark, made)["scores"]) == {SUNDAY, MONDAY + ONE_DAY}
