@@ -25,8 +25,22 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.simplefilter("ignore", FutureWarning)
     from petastorm import make_batch_reader
+    from pyarrow.filesystem import DaskFileSystem
 
 MANIFEST_FILE = "manifest.json"
+
+
+class _Store(DaskFileSystem):  # type: ignore[misc]  # pyarrow has no types
+    """A file system of fsspec, as pyarrow's legacy dataset takes it from petastorm."""
+
+    def __init__(self, fs: Any) -> None:
+        self.fs = fs  # pyarrow's own would warn that it is deprecated
+
+    def isdir(self, path: str) -> bool:
+        return bool(self.fs.isdir(path))
+
+    def isfile(self, path: str) -> bool:
+        return bool(self.fs.isfile(path))
 
 
 class Batch(NamedTuple):
@@ -186,7 +200,7 @@ def _row_groups(
         seed=shuffle_seed,
         num_epochs=None,
         convert_early_to_numpy=True,
-        filesystem=None if isinstance(files[0], Path) else files[0].fs,
+        filesystem=None if isinstance(files[0], Path) else _Store(files[0].fs),
     )
     try:
         for group in reader:
