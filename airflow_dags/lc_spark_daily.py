@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     # The rest are defaults of the run's parameters, which its trigger form shows.
     "config": "conf/flights_daily.yaml",
     "properties_file": "conf/cluster.conf",
-    "py_files": "",
+    "py_files": None,
     "driver_memory": "2g",
     "executor_memory": "1g",
     "executor_cores": 1,
@@ -94,7 +94,7 @@ def stage(job: str) -> SparkSubmitOperator:
         spark_binary=str(environment / "bin" / "spark-submit"),
         env_vars={"PYSPARK_PYTHON": str(environment / "bin" / "python")},
         properties_file="{{ params.properties_file }}",
-        py_files="{{ params.py_files }}",
+        py_files="{{ params.py_files or '' }}",
         conf={
             "spark.driver.memory": "{{ params.driver_memory }}",
             "spark.executor.memory": "{{ params.executor_memory }}",
@@ -140,7 +140,11 @@ with DAG(
         ),
         "config": text("config", "the YAML of the data set"),
         "properties_file": text("properties_file", "settings for spark-submit"),
-        "py_files": text("py_files", "what executors lack: dist/lc_spark-….zip, for example"),
+        "py_files": Param(
+            chosen["py_files"],
+            "what executors lack: dist/lc_spark.zip, for example",
+            type=["null", "string"],
+        ),
         "driver_memory": text("driver_memory", "of each stage's driver"),
         "executor_memory": text("executor_memory", "of each executor"),
         "executor_cores": Param(

@@ -197,7 +197,8 @@ def states_table(airflow: Airflow, dag: str) -> str:
     for run in airflow.runs(dag):
         tasks = airflow.tasks(dag, run["dag_run_id"])
         took = ", ".join(f"{t['task_id']} {t['state']} {t['duration'] or 0:.0f} s" for t in tasks)
-        lines.append(f"{run['data_interval_start'][:10]}  {run['state']:8} {took}")
+        day = run["conf"].get("date") or run["data_interval_start"][:10]
+        lines.append(f"{day}  {run['state']:8} {took}")
     return "\n".join(lines)
 
 
