@@ -71,6 +71,8 @@ def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
     logging.getLogger("py4j").setLevel(logging.WARNING)
+    # It writes a page of JSON before each error that ends in one of our sentences.
+    logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     return spark
 
 
