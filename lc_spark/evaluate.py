@@ -220,8 +220,9 @@ def _write_evaluation(
     return tables.write(table_df, config, "evaluation", replace_where=condition)
 
 
-def make_bundle(config: Config, system: System, bundle: Path) -> None:
+def make_bundle(config: Config, system: System, bundle: Path) -> Path:
     """Put a system's model, the field map and the vocabulary into a folder, ready to register."""
+    bundle.mkdir(exist_ok=True)
     source = config.run_path
     for path in (
         source / "models" / model_folder(system) / models.MODEL_FILE,
@@ -233,3 +234,4 @@ def make_bundle(config: Config, system: System, bundle: Path) -> None:
     counts = source / drift.TRAIN_COUNTS
     if counts.is_file():  # shards made by an earlier version have none
         files.copy(counts, bundle / counts.name)
+    return bundle
