@@ -19,6 +19,7 @@ import pytest
 import requests
 import torch
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from lc_spark import figures, registry, tracking
 from lc_spark.config import Config
@@ -365,7 +366,7 @@ def test_the_registered_model_scores_raw_rows_as_the_scorer_does(
         assert scores.tolist() == scorer.score_pandas(raw).tolist(), what
     whole = scorer.score_pandas(RAW)
     assert len(set(whole.tolist())) == len(RAW)  # the rows differ, so the comparison tells
-    with pytest.raises(LcSparkError, match="none of the model's columns: color, shop"):
+    with pytest.raises(MlflowException, match="none of the model's columns: color, shop"):
         model.predict(pd.DataFrame({"colour": ["red"]}))
 
 
