@@ -1,6 +1,5 @@
 """Turns two models and the same test rows into a verdict: may the new one replace the champion?"""
 
-import logging
 from dataclasses import dataclass
 
 from pyspark.sql import DataFrame, SparkSession
@@ -12,8 +11,6 @@ from lc_spark.daily_settings import Gate
 from lc_spark.facts import Facts
 from lc_spark.features.shards import read_manifest
 from lc_spark.metrics import Metrics
-
-log = logging.getLogger("lc_spark")
 
 COMPARED = ("auc", "logloss", "calibration")
 
