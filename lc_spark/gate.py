@@ -1,5 +1,6 @@
 """Turns two models and the same test rows into a verdict: may the new one replace the champion?"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pyspark.sql import DataFrame, SparkSession
@@ -100,6 +101,8 @@ def compare(spark: SparkSession, config: Config) -> Verdict:
     against = reasons_against(config.gate, new, old)
     if champion is not None:
         against += out_of_date(str(config.day or "all"), champion.tags.get("day", "all"))
+    mine = next(each for each in registry.versions(config) if each.version == version)
+    against += rolled_back(mine.tags)
     return Verdict(version, champion.version if champion else "", against, new, old)
 
 
@@ -108,6 +111,13 @@ def out_of_date(day: str, champion_day: str) -> tuple[str, ...]:
     if "all" in (day, champion_day) or day >= champion_day:
         return ()
     return (f"the champion is of a later day, {champion_day}",)
+
+
+def rolled_back(tags: Mapping[str, str]) -> tuple[str, ...]:
+    """Return why a version with these tags may not be promoted: only a person takes that back."""
+    if "rolled_back_at" not in tags:
+        return ()
+    return (f"it was rolled back ({tags['rolled_back_why']}): 'lc-spark promote' takes that back",)
 
 
 def _test_rows(spark: SparkSession, config: Config) -> DataFrame:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lc_spark.daily_settings import Gate
-from lc_spark.gate import out_of_date, reasons_against
+from lc_spark.gate import out_of_date, reasons_against, rolled_back
 from lc_spark.metrics import Metrics
 
 GATE = Gate(auc=0.002, logloss=0.002, calibration=0.05, min_rows=1000, min_positives=100)
@@ -66,3 +66,10 @@ def test_a_day_that_is_run_again_does_not_replace_a_later_one() -> None:
         ("2013-02-05", "all"),
     ):
         assert out_of_date(day, champion_day) == ()
+
+
+def test_what_was_rolled_back_by_hand_stays_so_when_its_day_is_run_again() -> None:
+    tags = {"promoted_at": "2013-02-04", "rolled_back_at": "2013-02-05"}
+    [reason] = rolled_back({**tags, "rolled_back_why": "clicks fell"})
+    assert reason.startswith("it was rolled back (clicks fell)")
+    assert rolled_back({"promoted_at": "2013-02-04", "rolled_back_why": "taken back since"}) == ()
