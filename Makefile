@@ -33,8 +33,9 @@ airflow-env: .airflow-venv/.done ## make .airflow-venv: Airflow, apart from .ven
 	@touch $@
 
 airflow-demo: airflow-env ## three days of the flights through Airflow, on a cluster of this machine
-	$(BIN)/python tests/standalone_cluster.py workspace/airflow-demo/cluster -- \
-		$(BIN)/python tests/local_airflow.py workspace/airflow-demo/airflow 2013-03-01 2013-03-03
+	rm -rf workspace/airflow_demo
+	$(BIN)/python tests/standalone_cluster.py workspace/airflow_demo/cluster -- \
+		$(BIN)/python tests/local_airflow.py workspace/airflow_demo/airflow 2013-03-01 2013-03-03
 
 demo: env ## flights of 2013: the whole pipeline, result table, report
 	$(BIN)/lc-spark run conf/flights.yaml

@@ -156,11 +156,12 @@ def promote(config: Config, version: str, why: str) -> None:
     if before is not None and before.version == version:
         log.info("%s version %s is the champion already", config.model_name, version)
         return
-    client_of(uri_of(config)).set_registered_model_alias(config.model_name, CHAMPION, version)
-    over = before.version if before else ""
+    client, over = client_of(uri_of(config)), before.version if before else ""
     by = {"promoted_at": _now(), "promoted_by": getpass.getuser(), "promoted_over": over}
+    # The alias comes last: killed before it, the same call again does the rest.
     note(config, version, {**by, "promoted_why": why})
-    client_of(uri_of(config)).delete_model_version_tag(config.model_name, version, "rolled_back_at")
+    client.delete_model_version_tag(config.model_name, version, "rolled_back_at")
+    client.set_registered_model_alias(config.model_name, CHAMPION, version)
 
 
 def rollback(config: Config, why: str) -> tuple[str, str]:

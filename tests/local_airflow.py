@@ -4,7 +4,8 @@
 
 runs the days from the first to the last through lc_spark_daily by a backfill, on the Spark master
 that LC_SPARK_MASTER names (default: local[2]), and prints the states that the REST API tells.
-FOLDER becomes AIRFLOW_HOME. All of it listens on 127.0.0.1 alone.
+FOLDER, which must not exist yet, becomes AIRFLOW_HOME; the workspace is FOLDER's neighbour
+flights_daily. All of it listens on 127.0.0.1 alone.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".airflow-venv" / "bin"
@@ -82,17 +84,33 @@ class Airflow:
         lines = self.api(f"{path}?full_content=true")["content"]
         return "\n".join(line["event"] for line in lines)
 
-    def wait_for_runs(self, dag: str, number: int, seconds: float) -> list[dict[str, Any]]:
-        """Return a DAG's runs, once there are so many and all have ended."""
+    def backfill(self, dag: str, first: str, last: str, seconds: float) -> list[dict[str, Any]]:
+        """Run the days from first to last, one after the other, and return their runs.
+
+        The DAG is unpaused meanwhile. Airflow may then begin its schedule's last day as well, which
+        is none of these.
+        """
+        arguments = ("--dag-id", dag, "--from-date", first, "--to-date", last)
+        made = self.run("backfill", "create", *arguments, "--max-active-runs", "1")
+        if made.returncode != 0:
+            raise RuntimeError(made.stdout[-2000:])
+        self.api(f"dags/{dag}", "PATCH", {"is_paused": False})
+        found = self.wait_until_ended(dag, seconds, run_type="backfill")
+        self.api(f"dags/{dag}", "PATCH", {"is_paused": True})
+        return found
+
+    def wait_until_ended(
+        self, dag: str, seconds: float, run_type: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the runs of a DAG, or those of one type, once all of them have ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            found = self.runs(dag)
-            if len(found) == number and all(run["state"] in ENDED for run in found):
+            found = [run for run in self.runs(dag) if run_type in (None, run["run_type"])]
+            if all(run["state"] in ENDED for run in found):
                 return found
             time.sleep(2)
-        raise TimeoutError(
-            f"{dag} after {seconds:.0f} s: {[(r['run_id'], r['state']) for r in found]}"
-        )
+        states = [(run["dag_run_id"], run["state"]) for run in found]
+        raise TimeoutError(f"{dag} after {seconds:.0f} s: {states}")
 
 
 def new_airflow(home: Path, master: str, settings: Mapping[str, Any]) -> Airflow:
@@ -206,22 +224,22 @@ def main(home: Path, first: str, last: str) -> int:
     """Run days through lc_spark_daily by a backfill and print the states."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     days = (datetime.date.fromisoformat(last) - datetime.date.fromisoformat(first)).days + 1
+    home = home.resolve()
+    home.mkdir(parents=True)
+    config = yaml.safe_load((ROOT / "conf" / "flights_daily.yaml").read_text(encoding="utf-8"))
+    config["workspace"] = str(home.with_name("flights_daily"))
+    path = home / "flights_daily.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     airflow = new_airflow(
-        home.resolve(),
+        home,
         os.environ.get("LC_SPARK_MASTER", "local[2]"),
-        {"retries": 0, "end_date": last},
+        {"config": str(path), "retries": 0, "end_date": last},
     )
     with running(airflow):
         print(f"Airflow     {airflow.server}; logs in {home}", flush=True)
-        airflow.api("dags/lc_spark_daily", "PATCH", {"is_paused": False})
-        arguments = ("--dag-id", "lc_spark_daily", "--from-date", first, "--to-date", last)
-        made = airflow.run("backfill", "create", *arguments, "--max-active-runs", "1")
-        if made.returncode != 0:
-            print(made.stdout[-2000:], file=sys.stderr)
-            return 1
-        runs = airflow.wait_for_runs("lc_spark_daily", days, days * 1800)
+        runs = airflow.backfill("lc_spark_daily", first, last, days * 1800)
         print(states_table(airflow, "lc_spark_daily"))
-    return int(any(run["state"] != "success" for run in runs))
+    return int(len(runs) != days or any(run["state"] != "success" for run in runs))
 
 
 if __name__ == "__main__":

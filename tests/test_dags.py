@@ -1,7 +1,7 @@
 """The DAGs in a real Airflow, with real jobs on some of the flights: good days and bad ones.
 
 Good: Saturday by `airflow dags test`, Saturday again, from scratch, by the weekly DAG, and Monday,
-while Sunday is missing, by a backfill.
+while Sunday is missing and the gate says no, by a backfill.
 """
 
 import datetime
@@ -22,6 +22,7 @@ import pytest
 import yaml
 from local_airflow import BIN, Airflow, connection, new_airflow, running
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 from standalone_cluster import standalone_cluster
 
 from lc_spark import config_file, datasets, registry, tables
@@ -149,11 +150,10 @@ def saturday(made: Made) -> str:
 
 @pytest.fixture(scope="module")
 def server(made: Made, saturday: str) -> Iterator[Airflow]:
-    """The same Airflow with its processes, where the DAGs may run."""
+    """The same Airflow with its processes; the daily DAG may run."""
     assert saturday
     with running(made.airflow):
-        for dag in ("lc_spark_daily", "lc_spark_weekly"):
-            made.airflow.api(f"dags/{dag}", "PATCH", {"is_paused": False})
+        made.airflow.api("dags/lc_spark_daily", "PATCH", {"is_paused": False})
         yield made.airflow
 
 
@@ -270,10 +270,8 @@ def test_the_weekly_refit_runs_its_day_again_from_scratch(
     server: Airflow, made: Made, spark: SparkSession
 ) -> None:
     before = state(spark, made)
-    dates = ("--from-date", str(SATURDAY - 6 * ONE_DAY), "--to-date", str(SATURDAY))
-    created = server.run("backfill", "create", "--dag-id", "lc_spark_weekly", *dates)
-    assert created.returncode == 0, created.stdout
-    (week,) = server.wait_for_runs("lc_spark_weekly", 1, 1800)
+    first = str(SATURDAY - 6 * ONE_DAY)
+    (week,) = server.backfill("lc_spark_weekly", first, str(SATURDAY), 900)
     assert week["state"] == "success", server.task_log(
         "lc_spark_weekly", week["dag_run_id"], "refit_from_scratch"
     )
@@ -289,19 +287,29 @@ def test_the_weekly_refit_runs_its_day_again_from_scratch(
     assert int(after["champion"]) == int(before["champion"]) + 1
 
 
-def test_a_backfilled_day_goes_on_from_the_last_one_where_yesterday_is_missing(
+def test_a_backfilled_day_goes_on_without_yesterday_and_the_gate_may_stop_it(
     server: Airflow, made: Made, spark: SparkSession
 ) -> None:
-    earlier = len(server.runs("lc_spark_daily"))  # Airflow may make the new one a little later
-    dates = ("--from-date", str(MONDAY), "--to-date", str(MONDAY))
-    created = server.run("backfill", "create", "--dag-id", "lc_spark_daily", *dates)
-    assert created.returncode == 0, created.stdout
-    done = server.wait_for_runs("lc_spark_daily", earlier + 1, 1800)
-    backfilled = next(r for r in done if r["run_type"] == "backfill")
+    before = state(spark, made)
+    settings = yaml.safe_load(made.config_path.read_text())
+    settings["gate"]["min_rows"] = 100_000
+    made.config_path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    server.wait_until_ended("lc_spark_daily", 900)  # the schedule may have begun a day of its own
+    (backfilled,) = server.backfill("lc_spark_daily", str(MONDAY), str(MONDAY), 900)
     tasks = server.tasks("lc_spark_daily", backfilled["dag_run_id"])
     assert [(t["task_id"], t["state"]) for t in tasks] == [(job, "success") for job in JOBS]
     log = server.task_log("lc_spark_daily", backfilled["dag_run_id"], "ingest")
     assert f"'raw' has no rows of {SUNDAY}" in log
     features = made.config.for_day(MONDAY).run_path / "stages" / "features.json"
     assert json.loads(features.read_text())["parent"]["day"] == str(SATURDAY)
-    assert set(state(spark, made)["scores"]) == {SUNDAY, MONDAY + ONE_DAY}
+    for job in ("gate", "promote"):
+        log = server.task_log("lc_spark_daily", backfilled["dag_run_id"], job)
+        assert "stays challenger" in log
+        assert "gate.min_rows is 100,000" in log
+    after = state(spark, made)
+    assert after["champion"] == before["champion"]
+    assert set(after["scores"]) == {SUNDAY, MONDAY + ONE_DAY}
+    scores_df = tables.read(spark, made.config, "scores").where(F.col("date") > F.lit(MONDAY))
+    assert [row["model"] for row in scores_df.select("model").distinct().collect()] == [
+        f"models:/{made.config.model_name}/{before['champion']}"
+    ]

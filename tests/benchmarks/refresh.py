@@ -4,14 +4,16 @@
         --output workspace/benchmarks/refresh
 
 never: the model of the day before the first. refitted: every day from scratch on its window. warm:
-every day on top of the day before (refresh.mode: append). The strategies take turns within a day,
-in one Spark session; networks are trained in this process, by one rank, so that the seconds are of
-the work and not of starting ranks. Started again, it goes on after the last whole day.
+every day on top of the day before (refresh.mode: append), networks on the window again; new_days:
+likewise, networks on the new day alone. The strategies take turns within a day, in one Spark
+session; networks are trained in this process, by one rank, so that the seconds are of the work and
+not of starting ranks. Started again, it does what is not yet done.
 """
 
 import argparse
 import datetime
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -37,14 +39,18 @@ from lc_spark import (
 from lc_spark.config import Config
 from lc_spark.training import launch, loop
 
-REFITTED, WARM, NEVER = "refitted", "warm", "never"
-MODES = {REFITTED: "scratch", WARM: "append"}
+REFITTED, NEVER = "refitted", "never"
+REFRESH = {
+    REFITTED: ["refresh.mode=scratch"],
+    "warm": ["refresh.mode=append", "refresh.train_on=window"],
+    "new_days": ["refresh.mode=append", "refresh.train_on=new_days"],
+}
 QUICK = ("spark.sql.shuffle.partitions=2", "spark.ui.enabled=false")
 
 
 def load(path: str, folder: Path, strategy: str) -> Config:
     """Return the config of a strategy, with a workspace of its own and one rank."""
-    overrides = [f"workspace={folder / strategy}", f"refresh.mode={MODES[strategy]}"]
+    overrides = [f"workspace={folder / strategy}", *REFRESH[strategy]]
     overrides += ["training.ranks=1", "training.batch_size=256"]
     config = config_file.load(path, overrides)
     settings = {**config.spark.settings, **dict(pair.split("=") for pair in QUICK)}
@@ -84,7 +90,7 @@ def measure(path: str, folder: Path, first: datetime.date, days: int) -> list[di
     folder.mkdir(parents=True, exist_ok=True)
     notes = folder / "days.jsonl"
     done = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
-    configs = {strategy: load(path, folder, strategy) for strategy in MODES}
+    configs = {strategy: load(path, folder, strategy) for strategy in REFRESH}
     spark = session.start(configs[REFITTED])
     for config in configs.values():
         if not tables.exists(spark, config, "raw"):
@@ -92,15 +98,16 @@ def measure(path: str, folder: Path, first: datetime.date, days: int) -> list[di
     scores = folder / "scores"
     for i in range(-1, days):
         day = first + datetime.timedelta(days=i)
-        if any(entry["day"] == str(day) for entry in done):
-            continue
+        known = {entry["strategy"] for entry in done if entry["day"] == str(day)}
         found: list[dict[str, Any]] = []
-        # Whoever is second finds the page cache warm: they take turns.
-        for strategy in sorted(MODES, reverse=i % 2 == 0):
+        # Whoever comes later finds the page cache warm: they take turns.
+        for strategy in sorted(REFRESH.keys() - known, reverse=i % 2 == 0):
             config = configs[strategy].for_day(day)
             found.append({"day": str(day), "strategy": strategy, "seconds": run_day(spark, config)})
+        if NEVER not in known:
+            found.append({"day": str(day), "strategy": NEVER, "seconds": 0.0})
         tomorrow = day + datetime.timedelta(days=1)
-        for entry in [*found, {"day": str(day), "strategy": NEVER, "seconds": 0.0}]:
+        for entry in found:
             strategy = entry["strategy"]
             config = configs[REFITTED if strategy == NEVER else strategy]
             which = "/1" if strategy == NEVER else "@champion"
@@ -114,13 +121,29 @@ def measure(path: str, folder: Path, first: datetime.date, days: int) -> list[di
             with notes.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             print(json.dumps(entry), flush=True)
-    together = metrics.evaluate_systems(
-        spark.read.parquet(*[str(p) for p in scores.glob("*/*")]).drop("day")
-    )
-    for strategy, all_days in together.items():
-        print(f"{strategy:9s} all days: AUC {all_days.auc:.4f}, log loss {all_days.logloss:.4f}")
     spark.stop()
     return done
+
+
+def print_table(done: list[dict[str, Any]]) -> None:
+    """Print what a day of each strategy is on average, and its difference to a daily refit."""
+    by_strategy: dict[str, list[dict[str, Any]]] = {}
+    for entry in done:
+        by_strategy.setdefault(entry["strategy"], []).append(entry)
+    refitted = by_strategy[REFITTED]
+    rows = sum(entry["rows"] for entry in refitted)
+    print(f"{len(refitted)} days, {rows:,} rows; means over the days, +- their standard error")
+    print("| model | AUC | log loss | AUC - refitted | log loss - refitted | median s a day |")
+    print("|---|---|---|---|---|---|")
+    for strategy, entries in by_strategy.items():
+        cells = [f"{statistics.mean(e[key] for e in entries):.4f}" for key in ("auc", "logloss")]
+        for key in ("auc", "logloss"):
+            pairs = zip(entries, refitted, strict=True)
+            differences = [one[key] - other[key] for one, other in pairs]
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            cells.append(f"{statistics.mean(differences):+.4f} +- {error:.4f}")
+        cells.append(f"{statistics.median(e['seconds'] for e in entries):.1f}")
+        print(f"| {strategy} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -132,6 +155,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     done = measure(arguments.config, arguments.output.resolve(), arguments.first, arguments.days)
+    print_table([entry for entry in done if entry["day"] >= str(arguments.first)])
     curves: dict[str, tuple[list[str], list[float]]] = {}
     seconds: dict[str, list[float]] = {}
     for entry in done:
