@@ -164,7 +164,7 @@ def main() -> None:
         aucs.append(entry["auc"])
         seconds.setdefault(entry["strategy"], []).append(entry["seconds"])
     figure = figures.auc_by_day(curves, seconds)
-    figure.savefig(arguments.output / "refresh.svg")
+    figure.savefig(arguments.output / "refresh.svg", metadata={"Date": None})
     figure.savefig(arguments.output / "refresh.png", dpi=110)
     print(f"Figure      {arguments.output / 'refresh.svg'}")
 
