@@ -260,11 +260,13 @@ def test_the_driver_of_a_task_that_takes_too_long_dies_with_it(
 
 
 def working_on(config: Path) -> list[str]:
-    """Return 'java' and 'python' for the processes whose command line names a config."""
+    """Return the programs ('java', 'python') of the processes whose command line names a config."""
     found = []
-    for process in psutil.process_iter(["cmdline", "exe"]):
-        if str(config) in (process.info["cmdline"] or []):
-            found.append("java" if "java" in (process.info["exe"] or "") else "python")
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if str(config) in command:
+            # Not by exe, which psutil keeps: spark-submit is a shell that becomes Java.
+            found.append(Path(command[0]).name.rstrip("0123456789."))
     return found
 
 
