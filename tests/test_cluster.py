@@ -40,14 +40,17 @@ QUICK = {
 ENDS_WITHIN = 60.0  # seconds from the death of a rank to the end of its job
 # All stages under one driver: tests/test_dags.py has them as jobs of their own, on a cluster too.
 RUN_ALL = """
+import logging
 import sys
 from pathlib import Path
 from lc_spark import config_file, pipeline, session
 
+logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+logging.getLogger("lc_spark").setLevel(logging.INFO)
 config = config_file.load(Path(sys.argv[1]), None)
 spark = session.start(config)
 for stage in (*pipeline.RUN_STAGES, "score"):
-    print(stage, pipeline.run_stage(stage, spark, config))
+    pipeline.run_stage(stage, spark, config)
 """
 PLACE = re.compile(r"rank (\d) of 2: host \S+, process (\d+), (\S+)")
 
