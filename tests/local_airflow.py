@@ -97,6 +97,8 @@ class Airflow:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             found = [run for run in self.runs(dag) if run["run_type"] == "backfill"]
+            if not found:
+                raise RuntimeError(f"Airflow made no run of {dag}: {made.stdout[-2000:]}")
             if all(run["state"] in ENDED for run in found):
                 return found
             time.sleep(2)
