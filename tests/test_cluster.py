@@ -6,6 +6,7 @@ The interpreter has all packages but not lc_spark: it comes to driver, executors
 
 import datetime
 import hashlib
+import json
 import os
 import re
 import signal
@@ -13,7 +14,6 @@ import subprocess
 import sysconfig
 import time
 import venv
-from bisect import bisect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,6 +34,9 @@ QUICK = {
     "spark.databricks.delta.snapshotPartitions": "1",
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
     "spark.executor.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+    "spark.eventLog.enabled": "true",
+    "spark.eventLog.compress": "false",
+    "spark.eventLog.rolling.enabled": "false",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }
@@ -64,13 +67,16 @@ class Submitter:
         self.environment = {**kept, "PYSPARK_PYTHON": str(python), "SPARK_HOME": str(SPARK_HOME)}
         self.properties = ROOT / "conf" / "cluster.conf"
         self.config = folder / "flights.yaml"
+        self.history = folder / "history"
 
     def start(self, script: Path, *arguments: str) -> tuple["subprocess.Popen[bytes]", Path]:
         """Start a script; return its process and the file that gets its output."""
         output = self.folder / f"{script.stem}-{time.monotonic_ns()}.log"
         command = [str(SPARK_HOME / "bin" / "spark-submit"), "--master", self.cluster.master]
         command += ["--properties-file", str(self.properties), "--py-files", str(self.library)]
-        for key, value in QUICK.items():
+        history = self.history / script.stem
+        history.mkdir(parents=True, exist_ok=True)
+        for key, value in {**QUICK, "spark.eventLog.dir": history.as_uri()}.items():
             command += ["--conf", f"{key}={value}"]
         with output.open("wb") as file:
             process = subprocess.Popen(
@@ -204,15 +210,29 @@ def test_cluster_settings_are_those_of_every_session() -> None:
     assert session.SETTINGS.items() <= pairs.items()
 
 
-def test_stages_run_on_both_executors(cluster: Cluster, output: str) -> None:
-    begun = re.findall(r"^(\S+) (\w+): started", output, re.MULTILINE)
-    assert len(begun) == 8
-    logs = executor_logs(cluster)
-    assert [log.parts[-4] for log in logs] == ["worker-0", "worker-1"]
-    for log in logs:
-        finished = re.findall(r"(\S+) INFO Executor: Finished task", log.read_text("utf-8"))
-        stages = {begun[bisect([t for t, _ in begun], time) - 1][1] for time in finished}
-        assert stages >= {"ingest", "features", "train_lr", "train_lc", "evaluate", "score"}
+def executors_of_stages(history: Path) -> dict[str, set[str]]:
+    """Return the executors that ran tasks of each of our stages, from Spark's log of events."""
+    events = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    described = {
+        number: event["Properties"].get("spark.job.description")
+        for event in events
+        if event["Event"] == "SparkListenerJobStart"
+        for number in event["Stage IDs"]
+    }
+    executors: dict[str, set[str]] = {}
+    for event in events:
+        if event["Event"] == "SparkListenerTaskEnd":
+            stage = described[event["Stage ID"]]
+            executors.setdefault(stage, set()).add(event["Task Info"]["Executor ID"])
+    return executors
+
+
+def test_stages_run_on_both_executors(cluster: Cluster, submitter: Submitter, output: str) -> None:
+    assert [log.parts[-4] for log in executor_logs(cluster)] == ["worker-0", "worker-1"]
+    [history] = (submitter.history / "run_all").iterdir()
+    executors = executors_of_stages(history)
+    for stage in ("ingest", "features", "train_lr", "train_lc", "evaluate", "score"):
+        assert executors[stage] == {"0", "1"}, stage
     assert "is models:/flights/1" in output
     assert "rows scored by models:/flights/1" in output
 
