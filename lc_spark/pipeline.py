@@ -26,7 +26,9 @@ def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None
     under = parent or _parent_run(config, new=name == "ingest")
     facts.forget(config, name)
     log.info("%s: started; MLflow run %s", name, tracking.address_of(config, under))
-    spark.sparkContext.setJobDescription(name)  # Spark's pages tell whose job it was
+    # Spark's pages tell whose job it was. Not by setJobGroup: its description would take the place
+    # of the line of code that a query comes from.
+    spark.sparkContext.setLocalProperty("spark.jobGroup.id", name)
     started = time.perf_counter()
     try:
         made = STAGES[name](spark, config, under)

@@ -48,7 +48,7 @@ import sys
 from pathlib import Path
 from lc_spark import config_file, pipeline, session
 
-logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+logging.basicConfig()
 logging.getLogger("lc_spark").setLevel(logging.INFO)
 config = config_file.load(Path(sys.argv[1]), None)
 spark = session.start(config)
@@ -213,8 +213,8 @@ def test_cluster_settings_are_those_of_every_session() -> None:
 def executors_of_stages(history: Path) -> dict[str, set[str]]:
     """Return the executors that ran tasks of each of our stages, from Spark's log of events."""
     events = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
-    described = {
-        number: event["Properties"].get("spark.job.description")
+    group = {
+        number: event["Properties"].get("spark.jobGroup.id")
         for event in events
         if event["Event"] == "SparkListenerJobStart"
         for number in event["Stage IDs"]
@@ -222,7 +222,7 @@ def executors_of_stages(history: Path) -> dict[str, set[str]]:
     executors: dict[str, set[str]] = {}
     for event in events:
         if event["Event"] == "SparkListenerTaskEnd":
-            stage = described[event["Stage ID"]]
+            stage = group[event["Stage ID"]]
             executors.setdefault(stage, set()).add(event["Task Info"]["Executor ID"])
     return executors
 
