@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -137,6 +138,27 @@ def init(
             console.print(f"Warning     {choice.column.name}: {choice.warning}", markup=False)
     console.print(f"Config      {path}", soft_wrap=True, markup=False)
     console.print(f"Next        lc-spark run {path}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def synth(
+    name: Annotated[Literal["appdata", "feedsdata"], typer.Argument(help="the shape of the log")],
+    output: Annotated[str, typer.Argument(help="the folder to write, or replace")],
+    rows: Annotated[
+        int | None, typer.Option(min=1000, help="default: as many as the paper")
+    ] = None,
+    seed: int = 1,
+) -> None:
+    """Make a click log of the size and shape of one of the paper's, as Parquet."""
+    from lc_spark import config, paper_logs, session
+
+    spark = session.start_for(f"synth {name}", config.Spark())
+    rows = rows or paper_logs.SHAPES[name].rows
+    started = time.perf_counter()
+    written = paper_logs.write_log(spark, name, rows, seed, output)
+    spark.stop()
+    seconds = time.perf_counter() - started
+    console.print(f"Log         {output}: {written:,} rows ({seconds:.0f} s)", soft_wrap=True)
 
 
 @app.command()

@@ -247,12 +247,22 @@ def _probability(
         + np.where(age < UNRATED_DAYS, 0.0, 0.35 * (numbers["rating"] - 3.8))
     )
     where = _sum(effects, WHERE)
-    logit = who + what + where + PRODUCT * who * what + ABSOLUTE * np.abs(who + where)
+    logit = together(who, what, where)
     for (one, other), sd in PAIRS.items():
         logit += _Effects(world, (SIZES[one], SIZES[other]), sd).of(day, codes[one], codes[other])
-    logit = BOUND * np.tanh(logit / BOUND)
+    logit = bounded(logit)
     # Six digits: the label does not hang on how a machine rounds exp.
-    return np.round(_sigmoid(logit + _intercept(logit)), 6)
+    return np.round(sigmoid(logit + intercept(logit, RATE)), 6)
+
+
+def together(who: Floats, what: Floats, where: Floats) -> Floats:
+    """Return the three sums added up, with a product and an absolute value of them."""
+    return who + what + where + PRODUCT * who * what + ABSOLUTE * np.abs(who + where)
+
+
+def bounded(logit: Floats) -> Floats:
+    """Return logits that saturate at +-BOUND."""
+    return BOUND * np.tanh(logit / BOUND)
 
 
 def _sum(effects: dict[str, Floats], names: dict[str, float]) -> Floats:
@@ -260,16 +270,17 @@ def _sum(effects: dict[str, Floats], names: dict[str, float]) -> Floats:
     return total
 
 
-def _sigmoid(logit: Floats) -> Floats:
+def sigmoid(logit: Floats) -> Floats:
+    """Return 1 / (1 + exp(-logit))."""
     return 1 / (1 + np.exp(-logit))
 
 
-def _intercept(logit: Floats) -> float:
-    """Return b with mean sigmoid(logit + b) = RATE, by bisection."""
+def intercept(logit: Floats, rate: float) -> float:
+    """Return b with mean sigmoid(logit + b) = rate, by bisection."""
     low, high = -20.0, 20.0
     for _ in range(40):
         middle = (low + high) / 2
-        if _sigmoid(logit + middle).mean() > RATE:
+        if sigmoid(logit + middle).mean() > rate:
             high = middle
         else:
             low = middle
