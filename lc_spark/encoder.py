@@ -8,10 +8,11 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,12 +22,18 @@ from lc_spark import files
 from lc_spark.field_map import MISSING, OUT_OF_VOCABULARY, PADDING, FieldInfo, FieldMap
 from lc_spark.files import AnyPath
 
+MANY_ROWS = 4096  # looked up at once, from which on a hash table of the vocabulary pays
+
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Hash (or cross key) -> index, by field: two arrays each, sorted by hash."""
 
     entries: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]  # int64 hashes, int32 indices
+    # By field, made when first needed: a process that scores single rows never does.
+    _tables: dict[str, "pd.Index[int]"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Vocabulary":
@@ -80,9 +87,14 @@ class Vocabulary:
         known, indices = self.of(name)
         if not len(known):
             return np.full(len(hashes), OUT_OF_VOCABULARY, np.int32)
-        at = np.searchsorted(known, hashes)
-        at[at == len(known)] = 0
-        return np.where(known[at] == hashes, indices[at], OUT_OF_VOCABULARY).astype(np.int32)
+        if len(hashes) < MANY_ROWS:
+            at = np.searchsorted(known, hashes)
+            at[at == len(known)] = 0
+            return np.where(known[at] == hashes, indices[at], OUT_OF_VOCABULARY).astype(np.int32)
+        if name not in self._tables:
+            self._tables[name] = pd.Index(known)
+        at = self._tables[name].get_indexer(hashes)  # a hash table: 3 to 6 times as fast
+        return np.where(at >= 0, indices[at], OUT_OF_VOCABULARY).astype(np.int32)
 
 
 def encode(

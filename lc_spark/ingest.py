@@ -42,10 +42,12 @@ def ingest(
     raw_types = {} if date is None else rows.raw_types(spark, config)
     checked_df = _checked(read_source(spark, config, date, first), config, date, raw_types, first)
     condition = None if date is None else tables.date_condition("date", date, first)
-    counts = _counts(checked_df)
+    counts, few_files = _counts(checked_df)
     source_rows, good_rows = sum(counts.values()), counts.pop(None, 0)
     rejected = {reason: n for reason, n in counts.items() if reason is not None}
-    set_aside_df = checked_df.where(F.col("__reason").isNotNull()).select(
+    # Without any the source need not be read once more.
+    set_aside = F.col("__reason").isNotNull() if rejected else F.lit(False)
+    set_aside_df = checked_df.where(set_aside).select(
         F.col("__reason").alias("reason"),
         (F.lit(date) if date and first is None else F.coalesce("__date", F.lit(date)))
         .cast("date")
@@ -58,9 +60,9 @@ def ingest(
     good_df = checked_df.where(F.col("__reason").isNull())
     label = F.col("__label").cast("float").alias("label")
     raw_df = rows.like_raw_df(good_df, label).drop("__label", "__reason")
-    # Rows of a day come together first, large days in several tasks: few files a day.
-    by_date_df = raw_df.hint("rebalance", "date")
-    version = tables.write(by_date_df, config, "raw", ("date",), condition)
+    if not few_files:  # rows of a day come together first, large days in several tasks
+        raw_df = raw_df.hint("rebalance", "date")
+    version = tables.write(raw_df, config, "raw", ("date",), condition)
     written_df = tables.read(spark, config, "raw", version)
     raw_rows = (written_df if condition is None else written_df.where(condition)).count()
     if raw_rows != good_rows:
@@ -128,14 +130,34 @@ def _check_own_columns(config: Config) -> None:
             )
 
 
-def _counts(checked_df: DataFrame) -> dict[str | None, int]:
+def _counts(checked_df: DataFrame) -> tuple[dict[str | None, int], bool]:
     """Return the rows by reason, the most frequent first; None counts the usable rows.
+
+    And whether the partitions, written as they are, make few files a day: as they do where the
+    source lies in the order of its days.
 
     A pass of its own: an Observation on the pass that writes would cost less, but from then on the
     session cannot apply an MLlib model (Spark 4.0 then fails to serialise its ObservationManager).
     """
-    counted = checked_df.groupBy("__reason").count().orderBy(F.desc("count"), "__reason").collect()
-    return {row["__reason"]: int(row["count"]) for row in counted}
+    pieces_df = (
+        checked_df.withColumn("__piece", F.spark_partition_id())
+        .groupBy("__reason", "__date", "__piece")
+        .agg(F.count("*").alias("n"))
+    )
+    counted = (
+        pieces_df.groupBy("__reason")
+        .agg(
+            F.sum("n").alias("n"),
+            F.count("*").alias("files"),
+            F.count_distinct("__date").alias("days"),
+            F.count_distinct("__piece").alias("pieces"),
+        )
+        .orderBy(F.desc("n"), "__reason")
+        .collect()
+    )
+    good = [row for row in counted if row["__reason"] is None]
+    few_files = all(row["files"] < row["days"] + row["pieces"] for row in good)
+    return {row["__reason"]: int(row["n"]) for row in counted}, few_files
 
 
 def _check_share(config: Config, rows: int, n_rejected: int, rejected: dict[str, int]) -> None:

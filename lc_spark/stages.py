@@ -27,8 +27,7 @@ from lc_spark.facts import Facts
 from lc_spark.features import drift
 from lc_spark.features.auto_crosses import ChosenCross, choose_crosses
 from lc_spark.features.fit import fit_features
-from lc_spark.features.shards import write_shards
-from lc_spark.features.vectors import read_shards
+from lc_spark.features.shards import part_files, write_shards
 
 log = logging.getLogger("lc_spark")
 
@@ -81,7 +80,8 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
                 "were written. Run the stage 'features' again."
             )
         field_map = fitted.field_map
-        train_counts = drift.count_shards(read_shards(spark, config, "train"), field_map)
+        train_parts = part_files(config.run_path / "shards", "train")
+        train_counts = drift.count_shards(spark, train_parts, field_map)
         files.write_text(config.run_path / drift.TRAIN_COUNTS, train_counts.to_json())
         run.log_params({"features": field_map.d, "fields": len(field_map.fields)})
         run.log_metrics({f"{split}_rows": n for split, n in shard_rows.items()})

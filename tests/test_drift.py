@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 from lc_spark.features import drift
 from lc_spark.features.drift import FieldCounts
 from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.files import children
 
 FIELDS = FieldMap(
     (
@@ -160,8 +161,8 @@ def test_shards_are_counted_as_their_rows_are(spark: SparkSession, tmp_path: Pat
     rows = list(zip(*(columns[info.name].tolist() for info in FIELDS.fields), strict=True))
     kinds = {"continuous": "float", "multivalued": "array<int>"}
     schema = ", ".join(f"{i.name} {kinds.get(i.kind, 'int')}" for i in FIELDS.fields)
-    shards_df = spark.createDataFrame(rows, schema).repartition(3)
-    counts = drift.count_shards(shards_df, FIELDS)
+    spark.createDataFrame(rows, schema).repartition(3).write.parquet(str(tmp_path / "parts"))
+    counts = drift.count_shards(spark, children(tmp_path / "parts", "*.parquet"), FIELDS)
     assert counts.rows == 1000
     assert counts.fingerprint == FIELDS.fingerprint
     for name, expected in counted(columns).groups.items():

@@ -12,13 +12,16 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from lc_spark import files
 from lc_spark.errors import LcSparkError
 from lc_spark.features.shards import encoded_columns
 from lc_spark.field_map import MISSING, OUT_OF_VOCABULARY, PADDING, FieldInfo, FieldMap
+from lc_spark.files import AnyPath
 
 TRAIN_COUNTS = "train_counts.json"  # beside the field map, and in every bundle
 MOST = 20  # groups of a field beside "missing", "out of vocabulary" and "the rest"
@@ -120,22 +123,24 @@ def sum_counts(counts_df: DataFrame) -> Counts:
     return np.array([row["n"] for row in rows], np.int64)
 
 
-def count_shards(shards_df: DataFrame, field_map: FieldMap) -> FieldCounts:
-    """Count the rows of a split as the shards hold them."""
-    shared = shards_df.sparkSession.sparkContext.broadcast(field_map)
+def count_shards(spark: SparkSession, parts: Sequence[AnyPath], field_map: FieldMap) -> FieldCounts:
+    """Count the rows of part files of shards."""
+    shared = spark.sparkContext.broadcast(field_map)
+    names = [info.name for info in field_map.fields]
 
-    def count_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        total: Any = 0
-        rows = 0
-        for batch in batches:
-            total = total + count(encoded_columns(batch, shared.value), shared.value)
-            rows += batch.num_rows
-        if rows:
-            counts = pa.array([[rows, *total.tolist()]], pa.list_(pa.int64()))
-            yield pa.RecordBatch.from_arrays([counts], names=["counts"])
+    def count_parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        # Read by pyarrow, not through Spark's rows: nothing but the counts leaves the task.
+        for place in (place for batch in batches for place in batch.column("path").to_pylist()):
+            with files.as_path(place).open("rb") as file:
+                table = pq.read_table(file, columns=names).combine_chunks()
+            for batch in table.to_batches():
+                total = count(encoded_columns(batch, shared.value), shared.value)
+                counts = pa.array([[batch.num_rows, *total.tolist()]], pa.list_(pa.int64()))
+                yield pa.RecordBatch.from_arrays([counts], names=["counts"])
 
-    names = [f"`{info.name}`" for info in field_map.fields]
-    counts = sum_counts(shards_df.select(*names).mapInArrow(count_batches, "counts array<long>"))
+    parts_df = spark.createDataFrame([(str(part),) for part in parts], "path string")
+    parts_df = parts_df.repartition(min(len(parts), 4 * spark.sparkContext.defaultParallelism))
+    counts = sum_counts(parts_df.mapInArrow(count_parts, "counts array<long>"))
     if not len(counts):
         raise LcSparkError("The train split has no rows: check 'split' in the config.")
     return by_field(counts[1:], field_map, int(counts[0]))

@@ -18,14 +18,16 @@ from lc_spark.features.prepare import prepared_column, texts_column
 from lc_spark.field_map import OUT_OF_VOCABULARY, FieldInfo, FieldMap
 
 CHUNK_CELLS = 20_000_000  # values counted at once in a Python worker: a few hundred MB
+HELD_COUNTS = 10_000_000  # distinct values that a worker adds up before it passes them on
+MOST_RECORDS = 1_000_000  # of a batch on its way to the JVM
 Batches = Iterable[pa.RecordBatch]
 
 
 def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
     """Count the values of categorical and multivalued fields.
 
-    Returns (field string, value string, count long) once for each distinct value of each chunk of
-    rows; null stands for missing.
+    Returns (field string, value string, count long), a distinct value once for each task, or more
+    often where a task meets very many of them; null stands for missing.
     """
     names = [info.name for info in infos]
     # min_count counts rows: a value twice in one row is still one row.
@@ -37,14 +39,64 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
     ]
 
     def counted(batches: Batches) -> Batches:
+        held = _Held()
         for table in _chunks(batches, len(names)):
             for name in names:
                 values = table[name].combine_chunks()
                 if pa.types.is_list(values.type):
                     values = _flat_or_missing(values)
-                yield _counts_batch(name, pc.value_counts(values))
+                held.add(name, pc.value_counts(values))
+            if held.size > HELD_COUNTS:
+                yield from held.give()
+        yield from held.give()
 
-    return train_df.select(*columns).mapInArrow(counted, "field string, value string, count long")
+    # Few tasks: the more rows one counts, the fewer values are passed on by several.
+    n_tasks = 2 * train_df.sparkSession.sparkContext.defaultParallelism
+    return (
+        train_df.select(*columns)
+        .coalesce(n_tasks)
+        .mapInArrow(counted, "field string, value string, count long")
+    )
+
+
+class _Held:
+    """Counts of values by field, added up from time to time."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[pa.Table]] = {}
+        self.merged: dict[str, int] = {}  # distinct values when they were last added up
+
+    @property
+    def size(self) -> int:
+        return sum(part.num_rows for parts in self.parts.values() for part in parts)
+
+    def add(self, name: str, counts: pa.StructArray) -> None:
+        """Add what pyarrow's value_counts returned."""
+        new = pa.table([counts.field("values"), counts.field("counts")], ["value", "count"])
+        parts = self.parts.setdefault(name, [])
+        parts.append(new)
+        if sum(part.num_rows for part in parts) > 2 * self.merged.get(name, 0):
+            self.parts[name] = [_added_up(parts)]
+            self.merged[name] = self.parts[name][0].num_rows
+
+    def give(self) -> Batches:
+        """Yield all counts as (field, value, count), and hold none."""
+        for name, parts in self.parts.items():
+            for batch in _added_up(parts).to_batches(MOST_RECORDS):
+                field = pa.repeat(name, batch.num_rows)
+                arrays = [field, batch.column("value"), batch.column("count")]
+                yield pa.RecordBatch.from_arrays(arrays, names=["field", "value", "count"])
+        self.parts, self.merged = {}, {}
+
+
+def _added_up(parts: Sequence[pa.Table]) -> pa.Table:
+    if len(parts) == 1:
+        return parts[0].combine_chunks()
+    # One chunk: a batch then has as many rows as asked for.
+    summed = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
+    return summed.rename_columns(
+        ["count" if name == "count_sum" else name for name in summed.column_names]
+    ).combine_chunks()
 
 
 def _flat_or_missing(lists: pa.Array) -> pa.Array:
@@ -70,8 +122,7 @@ def _chunks(batches: Batches, width: int) -> Iterator[pa.Table]:
 
 
 def _counts_batch(name: str, counts: pa.StructArray) -> pa.RecordBatch:
-    field = pa.array(np.repeat(name, len(counts)), pa.string())
-    columns = [field, counts.field("values"), counts.field("counts")]
+    columns = [pa.repeat(name, len(counts)), counts.field("values"), counts.field("counts")]
     return pa.RecordBatch.from_arrays(columns, names=["field", "value", "count"])
 
 
