@@ -31,9 +31,7 @@ class Vocabulary:
 
     entries: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]  # int64 hashes, int32 indices
     # By field, made when first needed: a process that scores single rows never does.
-    _tables: dict[str, "pd.Index[int]"] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _tables: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Vocabulary":

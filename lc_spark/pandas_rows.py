@@ -85,9 +85,14 @@ def _hasher(info: FieldInfo) -> Callable[[Any], int | None]:
 
 def hash_text(text: str) -> int | None:
     """Return Spark's xxhash64 of a string, as signed 64 bits; None for the empty string."""
-    if text == "":
+    return hash_bytes(text.encode(errors="replace"))
+
+
+def hash_bytes(text: bytes) -> int | None:
+    """Return what hash_text does, of the bytes of a string."""
+    if not text:
         return None
-    value = xxhash.xxh64_intdigest(text.encode(errors="replace"), SPARK_HASH_SEED)
+    value = xxhash.xxh64_intdigest(text, SPARK_HASH_SEED)
     return value - 2**64 if value >= 2**63 else value
 
 

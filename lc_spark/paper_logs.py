@@ -203,7 +203,8 @@ def _draw_columns(plan: Plan, block: int) -> _Block:
 
 def _ranks(uniform: npt.NDArray[Any], values: int) -> Ints:
     squared = np.square(uniform, dtype=np.float64)
-    return np.minimum(squared * squared * values, values - 1).astype(np.int64)
+    ranks: Ints = np.minimum(squared * squared * values, values - 1).astype(np.int64)
+    return ranks
 
 
 def _uniform(codes: Ints, seed: int, i: int) -> Floats:

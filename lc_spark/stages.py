@@ -57,7 +57,7 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Delta raw -> field map, Delta vocabulary, shards with a manifest."""
     with tracking.stage(config, parent, "features") as run:
         raw_version = tables.version(spark, config, "raw")
-        raw_df = tables.read(spark, config, "raw", raw_version)
+        raw_df = tables.read_with_places(spark, config, "raw", raw_version)
         raw_df = ingest.rows_of_run(raw_df, config)
         split_df = raw_df.withColumn("split", ingest.split_column(config))
         train_df = split_df.where(F.col("split") == "train")

@@ -257,12 +257,14 @@ def _probability(
 
 def together(who: Floats, what: Floats, where: Floats) -> Floats:
     """Return the three sums added up, with a product and an absolute value of them."""
-    return who + what + where + PRODUCT * who * what + ABSOLUTE * np.abs(who + where)
+    logit: Floats = who + what + where + PRODUCT * who * what + ABSOLUTE * np.abs(who + where)
+    return logit
 
 
 def bounded(logit: Floats) -> Floats:
     """Return logits that saturate at +-BOUND."""
-    return BOUND * np.tanh(logit / BOUND)
+    saturated: Floats = BOUND * np.tanh(logit / BOUND)
+    return saturated
 
 
 def _sum(effects: dict[str, Floats], names: dict[str, float]) -> Floats:

@@ -2,9 +2,11 @@
 
 import datetime
 from typing import Literal
+from urllib.parse import unquote
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from lc_spark import files
 from lc_spark.config import Config
@@ -31,6 +33,9 @@ WRITTEN_BY = {
     "experiment_scores": "experiment",
     "scores": "score",
 }
+READ_BY_DELTA = {"delta.columnMapping.mode", "delta.enableDeletionVectors"}  # properties
+GLOB = set("*?[]{}\\")  # Spark takes them in a path for a pattern
+FILE, ROW = "__file", "__row"  # where a row lies: the URI of its file, its number there
 NEEDS_MAPPING = set(" ,;{}()\n\t=")  # Delta takes these in column names only by a mapping
 
 
@@ -92,6 +97,27 @@ def version(spark: SparkSession, config: Config, name: TableName) -> int:
     if row is None:
         raise LcSparkError(f"The table '{name}' in {config.workspace} has no history.")
     return int(row[0])
+
+
+def read_with_places(
+    spark: SparkSession, config: Config, name: TableName, version: int
+) -> DataFrame:
+    """Return a table as it was at a version, with FILE and ROW where Delta is not needed
+    to read its files: no column has another name there, no row is marked as deleted.
+    """
+    table_df = read(spark, config, name, version)
+    detail = DeltaTable.forPath(spark, path_of(config, name)).detail().select("properties").first()
+    assert detail is not None, "a table has a detail"
+    places = sorted(unquote(file) for file in table_df.inputFiles())
+    if READ_BY_DELTA & set(detail["properties"]) or any(GLOB & set(place) for place in places):
+        return table_df
+    reader = spark.read.schema(table_df.schema).option("basePath", path_of(config, name))
+    # Delta's own reader does not tell the number of a row.
+    return reader.parquet(*places).select(
+        "*",
+        F.col("_metadata.file_path").alias(FILE),
+        F.col("_metadata.row_index").alias(ROW),
+    )
 
 
 def date_condition(column: str, day: datetime.date, first: datetime.date | None = None) -> str:

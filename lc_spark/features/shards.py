@@ -1,7 +1,6 @@
 """Encodes ``raw`` and writes it as shuffled Parquet shards, with a manifest that describes them."""
 
 import json
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,52 +13,15 @@ from pyspark.sql import functions as F
 
 from lc_spark import files
 from lc_spark.config import Config
-from lc_spark.encoder import Vocabulary, encode
+from lc_spark.encoder import Vocabulary
 from lc_spark.errors import LcSparkError
-from lc_spark.features.prepare import prepared_column
-from lc_spark.field_map import FieldInfo, FieldMap, require_same
+from lc_spark.features.packed import KEPT, packed_df, part_writer
+from lc_spark.field_map import FieldMap, require_same
 from lc_spark.files import AnyPath
 from lc_spark.ingest import split_column
 
 SPLITS = ("train", "valid", "test")
 RANGES = 4096  # ranges of shuffle keys that are counted to find where a part ends
-
-
-def encoded_df(
-    raw_df: DataFrame, field_map: FieldMap, vocabulary: Vocabulary, keep: tuple[str, ...]
-) -> DataFrame:
-    """Return the columns to keep and one encoded column a field, rows in the same partitions."""
-    kept_schema = raw_df.select(*keep).schema
-    schema = ", ".join(
-        [f"`{c.name}` {c.dataType.simpleString()}" for c in kept_schema.fields]
-        + [f"`{info.name}` {_type_name(info)}" for info in field_map.fields]
-    )
-    shared = raw_df.sparkSession.sparkContext.broadcast((field_map, vocabulary))
-
-    def encode_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        fields, words = shared.value
-        for batch in batches:
-            columns = {name: batch.column(name) for name in batch.schema.names}
-            arrays = [columns[name] for name in keep]
-            encoded = encode(columns, fields, words)
-            arrays += [_arrow(encoded[info.name]) for info in fields.fields]
-            names = [*keep, *(info.name for info in fields.fields)]
-            yield pa.RecordBatch.from_arrays(arrays, names=names)
-
-    prepared = [prepared_column(i) for i in field_map.fields if i.kind != "crossed"]
-    return raw_df.select(*keep, *prepared).mapInArrow(encode_batches, schema)
-
-
-def _type_name(info: FieldInfo) -> str:
-    return {"continuous": "float", "multivalued": "array<int>"}.get(info.kind, "int")
-
-
-def _arrow(values: NDArray[Any]) -> pa.Array:
-    if values.ndim == 1:
-        return pa.array(values)
-    n, width = values.shape
-    offsets = np.arange(n + 1, dtype=np.int32) * width
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
 
 
 def encoded_columns(batch: pa.RecordBatch, field_map: FieldMap) -> dict[str, NDArray[Any]]:
@@ -94,24 +56,18 @@ def write_shards(
         split_column(config).alias("split"),
         F.xxhash64(F.lit(f"shuffle {config.seed}"), "row_id").alias("__key"),
         fold_column(config).alias("fold"),
-        F.unix_date("date").alias("__date"),
+        F.unix_date("date").alias("__days"),
     )
     ends = _part_ends(keyed_df, config)
-    keep = ("row_id", "label", "fold", "__date", "split", "__key", "__part")
     placed_df = keyed_df.withColumn("__part", _part_column(ends))
     n_parts = sum(len(split_ends) + 1 for split_ends in ends.values())
     folder = config.run_path / "shards"
     manifest_path = folder / "manifest.json"
     manifest_path.unlink(missing_ok=True)  # half-written shards must not look whole
-    shuffled_df = _to_partitions(encoded_df(placed_df, field_map, vocabulary, keep), n_parts)
-    written_df = (
-        shuffled_df.sortWithinPartitions("split", "__key", "row_id")
-        .drop("__key", "__part")
-        .withColumnRenamed("__date", "date")
-    )
-    # A block above any part keeps one row group a file.
-    writer = written_df.write.mode("overwrite").partitionBy("split")
-    writer.option("parquet.block.size", str(2**31 - 1)).parquet(files.uri(folder))
+    files.remove(folder)
+    parts_df = _to_partitions(packed_df(placed_df, field_map, vocabulary, KEPT), n_parts)
+    written_df = parts_df.mapInArrow(part_writer(str(folder), field_map), "rows long")
+    written_df.agg(F.sum("rows")).collect()
     manifest = _manifest(folder, field_map, config, raw_version)
     files.write_text(manifest_path, json.dumps(manifest, indent=1))
     return manifest

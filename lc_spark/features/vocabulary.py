@@ -14,8 +14,10 @@ from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary, cross_keys, encode
 from lc_spark.errors import LcSparkError
+from lc_spark.features.direct import Tally, is_direct, pieces
 from lc_spark.features.prepare import prepared_column, texts_column
 from lc_spark.field_map import OUT_OF_VOCABULARY, FieldInfo, FieldMap
+from lc_spark.tables import FILE, ROW
 
 CHUNK_CELLS = 20_000_000  # values counted at once in a Python worker: a few hundred MB
 HELD_COUNTS = 10_000_000  # distinct values that a worker adds up before it passes them on
@@ -29,25 +31,32 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
     Returns (field string, value string, count long), a distinct value once for each task, or more
     often where a task meets very many of them; null stands for missing.
     """
-    names = [info.name for info in infos]
+    directly = [info for info in infos if is_direct(train_df, info)]
+    others = [info for info in infos if not is_direct(train_df, info)]
     # min_count counts rows: a value twice in one row is still one row.
     columns = [
         (texts_column(i) if i.kind == "categorical" else F.array_distinct(texts_column(i))).alias(
             i.name
         )
-        for i in infos
+        for i in others
     ]
+    columns += [F.col(FILE), F.col(ROW)] if directly else []
 
     def counted(batches: Batches) -> Batches:
-        held = _Held()
-        for table in _chunks(batches, len(names)):
-            for name in names:
-                values = table[name].combine_chunks()
+        held, tally = _Held(), Tally(directly)
+        for piece in pieces(batches, directly):
+            for info in others:
+                values = piece.batch.column(info.name)
                 if pa.types.is_list(values.type):
                     values = _flat_or_missing(values)
-                held.add(name, pc.value_counts(values))
+                counts = pc.value_counts(values)
+                held.add(info.name, counts.field("values"), counts.field("counts"))
+            for found in tally.add(piece):
+                held.add(*found)
             if held.size > HELD_COUNTS:
                 yield from held.give()
+        for found in tally.give():
+            held.add(*found)
         yield from held.give()
 
     # Few tasks: the more rows one counts, the fewer values are passed on by several.
@@ -70,11 +79,10 @@ class _Held:
     def size(self) -> int:
         return sum(part.num_rows for parts in self.parts.values() for part in parts)
 
-    def add(self, name: str, counts: pa.StructArray) -> None:
-        """Add what pyarrow's value_counts returned."""
-        new = pa.table([counts.field("values"), counts.field("counts")], ["value", "count"])
+    def add(self, name: str, values: pa.Array, counts: pa.Array) -> None:
+        """Add counts [n] of values [n]."""
         parts = self.parts.setdefault(name, [])
-        parts.append(new)
+        parts.append(pa.table([values, counts], ["value", "count"]))
         if sum(part.num_rows for part in parts) > 2 * self.merged.get(name, 0):
             self.parts[name] = [_added_up(parts)]
             self.merged[name] = self.parts[name][0].num_rows
@@ -189,8 +197,13 @@ def count_indices(
     Returns (field string, key long, count long), summed over all rows.
     """
     counted_fields = [i for i in base.fields if i.kind == "bucketed" or i.hashed is not None]
-    shared = train_df.sparkSession.sparkContext.broadcast((base, vocabulary))
-    columns = [prepared_column(info) for info in base.fields if info.kind != "crossed"]
+    crossed = [*crosses, *(info for info in counted_fields if info.kind == "crossed")]
+    needed = {i.name for i in counted_fields} | {parent for info in crossed for parent in info.of}
+    if not needed:
+        return train_df.sparkSession.createDataFrame([], "field string, key long, count long")
+    needed_map = FieldMap(tuple(info for info in base.fields if info.name in needed))
+    shared = train_df.sparkSession.sparkContext.broadcast((needed_map, vocabulary))
+    columns = [prepared_column(info) for info in needed_map.fields if info.kind != "crossed"]
 
     def counted(batches: Batches) -> Batches:
         field_map, words = shared.value

@@ -17,8 +17,8 @@ from pathlib import Path
 from pyspark.sql import DataFrame
 
 from lc_spark import config_file, registry, session, tables
+from lc_spark.features.packed import packed_df
 from lc_spark.features.prepare import prepared_column
-from lc_spark.features.shards import encoded_df
 from lc_spark.score import scored_rows
 from lc_spark.training.scorer import Scorer
 
@@ -48,7 +48,7 @@ def main() -> None:
             consume(scored.scores_df)
 
     def encode() -> None:
-        consume(encoded_df(raw_df, scorer.field_map, scorer.vocabulary, ("row_id", "date")))
+        consume(packed_df(raw_df, scorer.field_map, scorer.vocabulary, ("row_id", "date")))
 
     def read() -> None:
         consume(raw_df.select("row_id", "date", *prepared))
