@@ -63,7 +63,10 @@ class Learner:
         self.model = model.to(world.device)
         self.settings, self.total_steps, self.world = settings, total_steps, world
         self.adamw = torch.optim.AdamW(
-            model.deep.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            model.deep.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.trained = [i for i, table in enumerate(model.tables) if table.requires_grad]
         self.row_adam = self._row_adam([model.tables[i] for i in self.trained])
@@ -112,7 +115,9 @@ class Learner:
     ) -> tuple[Tensor, list[Read]]:
         """Return logits [B] of an LC network, and the rows that their gradients go to."""
         # Padding has value 0: its features are not in the row and stand still.
-        present = None if values is None else values.flatten().nonzero().squeeze(1)
+        present = None
+        if values is not None and int(values.count_nonzero()) < values.numel():
+            present = values.flatten().nonzero().squeeze(1)
         leaves = [table.detach()[ids] for table in model.tables]
         for i in self.trained:
             leaves[i].requires_grad_()
@@ -159,6 +164,8 @@ class Learner:
 
     def _average_gradients(self, loss: Tensor) -> float:
         """Set the MLP's gradients to their mean over ranks; return the mean loss."""
+        if self.world.size == 1:
+            return loss.item()
         gradients = [p.grad for p in self.model.deep.parameters() if p.grad is not None]
         vector = torch.cat([parameters_to_vector(gradients), loss.detach().reshape(1)])
         vector = self.world.mean(vector)
