@@ -16,8 +16,8 @@ from lc_spark.training.world import World
 def sum_by_id(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Return the distinct ids [m], ascending, and the sums [m, k] of their gradients.
 
-    ids int64 [n], gradients [n, k]; (largest id + 1) * n has to stay below 2^62. The sums are in the
-    order of the rows, so on the CPU they are the same every time.
+    ids int64 [n], gradients [n, k]; (largest id + 1) * n has to stay below 2^62. The sums are in
+    the order of the rows, so on the CPU they are the same every time.
     """
     ascending, order = _sorted(ids)
     distinct, counts = torch.unique_consecutive(ascending, return_counts=True)

@@ -1,9 +1,14 @@
-"""Makes encoded shards, batches and learners of any size for the benchmarks, without Spark."""
+"""Makes encoded shards, batches, learners and ranks for the benchmarks, without Spark."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +21,11 @@ from lc_spark.systems import SystemKind, Training
 from lc_spark.training import models
 from lc_spark.training.learner import Learner
 from lc_spark.training.loader import Batch
-from lc_spark.training.models import Lr
+from lc_spark.training.models import LcNetwork, Lr
 from lc_spark.training.start import Copies
-from lc_spark.training.world import World
+from lc_spark.training.world import World, joined
 
+T = TypeVar("T")
 # The paper's AppData, and its K1 and K2.
 F, CONTINUOUS, D, HIDDEN, BATCH_SIZE = 158, 26, 8_672_633, (2048, 1024), 4096
 FOLDS = 5
@@ -78,6 +84,11 @@ def batches(fields: FieldMap, count: int, batch_size: int, ids: Ids, seed: int =
     return made
 
 
+def distinct(batch: Batch) -> int:
+    """Return the number of distinct ids in a batch."""
+    return len(np.unique(batch.ids.numpy()))
+
+
 def write_shards(
     folder: Path, fields: FieldMap, groups: int, rows_per_group: int, ids: Ids
 ) -> dict[str, Any]:
@@ -112,7 +123,7 @@ def learner(
     world = world or World(0, 1, torch.device("cpu"))
     model = models.build(system, fields, settings)
     copies = None
-    if system != "dnn" and settings.start == "lr_cross_fitted":
+    if isinstance(model, LcNetwork) and settings.start == "lr_cross_fitted":
         held_out = [Lr(fields.d) for _ in range(FOLDS)]
         for lr in held_out:
             torch.nn.init.normal_(lr.weight)
@@ -121,3 +132,40 @@ def learner(
     made = Learner(model, settings, 1_000_000, world, copies)
     made.model.train()
     return made
+
+
+def in_ranks(work: Callable[..., T], size: int, *arguments: Any) -> list[T]:
+    """Return what work(world, *arguments) returns in each of `size` new processes, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_one_rank, args=(results, rank, size, port, work, arguments))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a rank failed: see above")
+    by_rank = dict(results.get() for _ in processes)
+    return [by_rank[rank] for rank in range(size)]
+
+
+def _one_rank(
+    results: Any, rank: int, size: int, port: int, work: Callable[..., T], arguments: Any
+) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # The lines of a rank about its place would break up the table.
+    with contextlib.redirect_stdout(None), joined("cpu") as world:
+        result = work(world, *arguments)
+    results.put((rank, result))
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return the exponent e of the power law y = c x ** e that fits best, in logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])

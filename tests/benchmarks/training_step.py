@@ -6,9 +6,10 @@
 
 Made-up shards of that size are written to a temporary folder. `MLP` takes a random dense input
 [batch, f] through the same layers, loss, backward pass and AdamW; LC-DNN reads its batches through
-the loader. A turn is some steps of one case after one step that is not counted (the loader is
-opened anew for each turn, so nothing is read ahead while others run); the cases take turns, one
-round is not counted. The ratio is of rows/s, turn by turn, the median of them.
+the loader. A turn is some steps of one case after one step that is not counted; the cases take
+turns, and one round is not counted. A row group has the rows of a batch, and every step sets off
+reading one of them, that of the step before the turn too: a turn pays for what it reads. The ratio
+is of rows/s, turn by turn, the median of them.
 """
 
 import argparse
@@ -93,29 +94,29 @@ def learner_turn(
 ) -> Turn:
     """Return a turn of a learner over batches that it reads from the shards."""
     manifest = loader.read_manifest(shards, fields)
-    size, epochs = learner.settings.batch_size, itertools.count()
+    size = learner.settings.batch_size
+    batches = loader.training_batches(shards, manifest, fields, 0, 1, size, epoch=1, seed=0)
+    clock = clock or Clock()
 
     def turn(steps: int) -> float:
-        batches = loader.training_batches(shards, manifest, fields, 0, 1, size, next(epochs), 0)
-        with contextlib.closing(batches):
-            learner.step(next(batches), 0)
-            if clock is not None:
-                clock.seconds.clear()
-            started = time.perf_counter()
-            for number in range(steps):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                if clock is not None:
-                    clock.seconds["loader: wait"] += time.perf_counter() - waiting
-                learner.step(batch, number)
-            return time.perf_counter() - started
+        learner.step(next(batches), 0)
+        clock.seconds.clear()
+        started = time.perf_counter()
+        for number in range(steps):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            clock.seconds["loader: wait"] += time.perf_counter() - waiting
+            learner.step(batch, number)
+        return time.perf_counter() - started
 
     return turn
 
 
-def cases(arguments: argparse.Namespace, shards: Path, fields: FieldMap) -> dict[str, Turn]:
-    """Return the turns by name."""
-    turns: dict[str, Turn] = {}
+def cases(
+    arguments: argparse.Namespace, shards: Path, fields: FieldMap
+) -> dict[tuple[str, str], Turn]:
+    """Return the turns by what takes the step and how."""
+    turns: dict[tuple[str, str], Turn] = {}
     for precision, batch_norm in itertools.product(arguments.precision, arguments.batch_norm):
         common = {
             "hidden": arguments.hidden,
@@ -123,39 +124,38 @@ def cases(arguments: argparse.Namespace, shards: Path, fields: FieldMap) -> dict
             "precision": precision,
             "batch_norm": batch_norm == "yes",
         }
-        suffix = f", {precision}, {'' if batch_norm == 'yes' else 'no '}BatchNorm"
+        how = f"{precision}, {'' if batch_norm == 'yes' else 'no '}BatchNorm"
         settings = Training.model_validate(common)
-        turns["MLP" + suffix] = mlp_turn(len(fields.fields), settings)
+        turns["MLP", how] = mlp_turn(len(fields.fields), settings)
         for name, differs in LC_DNN.items():
             settings = Training.model_validate(common | differs)
             learner = made_up.learner("lc_dnn", fields, settings)
-            turns[name + suffix] = learner_turn(learner, shards, fields)
+            turns[name, how] = learner_turn(learner, shards, fields)
         if "dnn" in arguments.systems:
             settings = Training.model_validate(common | {"start": "random"})
             learner = made_up.learner("dnn", fields, settings)
-            turns["DNN" + suffix] = learner_turn(learner, shards, fields)
+            turns["DNN", how] = learner_turn(learner, shards, fields)
     return turns
 
 
 def compare(arguments: argparse.Namespace, shards: Path, fields: FieldMap) -> None:
     """Let the cases take turns; print a table."""
     turns = cases(arguments, shards, fields)
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    seconds: dict[tuple[str, str], list[float]] = {case: [] for case in turns}
     for number in range(arguments.times + 1):
-        for name, turn in turns.items():
-            steps = 1 if name.startswith("DNN") else arguments.steps
+        for case, turn in turns.items():
+            steps = 1 if case[0] == "DNN" else arguments.steps
             taken = turn(steps) / steps
             if number:
-                seconds[name].append(taken)
-    print("| a step of | median ms | from | to | rows/s | rows/s by MLP's |")
-    print("|---|---|---|---|---|---|")
-    for name, taken in seconds.items():
-        alone = seconds["MLP" + name[name.index(", " + name.split(", ")[-2]) :]]
-        ratio = statistics.median(a / b for a, b in zip(alone, taken, strict=True))
-        median = statistics.median(taken)
+                seconds[case].append(taken)
+    print("| a step of | | median ms | from | to | rows/s | rows/s by MLP's |")
+    print("|---|---|---|---|---|---|---|")
+    for (name, how), each in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds["MLP", how], each, strict=True))
+        median = statistics.median(each)
         print(
-            f"| {name} | {1e3 * median:.0f} | {1e3 * min(taken):.0f} | {1e3 * max(taken):.0f} "
-            f"| {arguments.batch_size / median:,.0f} | {ratio:.2f} |"
+            f"| {name} | {how} | {1e3 * median:.0f} | {1e3 * min(each):.0f} "
+            f"| {1e3 * max(each):.0f} | {arguments.batch_size / median:,.0f} | {ratio:.2f} |"
         )
 
 
@@ -189,7 +189,7 @@ def profile(arguments: argparse.Namespace, shards: Path, fields: FieldMap) -> No
     print(f"{arguments.precision[0]}, BatchNorm {arguments.batch_norm[0]}; ms a step")
     print("| | " + " | ".join(parts) + " |")
     print("|---" * (len(parts) + 1) + "|")
-    for part in sorted({part for taken in parts.values() for part in taken} - {"all"}) + ["all"]:
+    for part in [*sorted({p for taken in parts.values() for p in taken if p != "all"}), "all"]:
         row = [f"{1e3 * taken.get(part, 0) / arguments.steps:.1f}" for taken in parts.values()]
         print(f"| {part} | " + " | ".join(row) + " |")
 
@@ -213,7 +213,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--f", type=int, default=made_up.F)
     parser.add_argument("--continuous", type=int, default=made_up.CONTINUOUS)
     parser.add_argument("--d", type=int, default=None)
-    parser.add_argument("--skew", type=float, default=made_up.Ids().skew, help="1: uniform ids")
+    parser.add_argument("--skew", type=float, default=made_up.Ids().skew, help="1: uniform")
     parser.add_argument("--hidden", type=lambda s: s.split(","), default=made_up.HIDDEN)
     parser.add_argument("--batch-size", type=int, default=made_up.BATCH_SIZE)
     parser.add_argument("--precision", type=lambda s: s.split(","), default=["float32"])
@@ -235,11 +235,16 @@ def main() -> None:
     ids = made_up.Ids(arguments.skew)
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
-        made_up.write_shards(shards, fields, 6, 2 * arguments.batch_size, ids)
+        steps = (
+            1 + arguments.steps
+            if arguments.profile
+            else (1 + arguments.steps) * (1 + arguments.times)
+        )
+        made_up.write_shards(shards, fields, steps, arguments.batch_size, ids)
         batch = made_up.batches(fields, 1, arguments.batch_size, ids)[0]
         print(
             f"f {arguments.f}, d {fields.d:,}, batch {arguments.batch_size:,} with "
-            f"{len(batch.ids.unique()):,} distinct ids, hidden {list(arguments.hidden)}, "
+            f"{made_up.distinct(batch):,} distinct ids, hidden {list(arguments.hidden)}, "
             f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
         )
         (profile if arguments.profile else compare)(arguments, shards, fields)
