@@ -118,7 +118,10 @@ class Learner:
         present = None
         if values is not None and int(values.count_nonzero()) < values.numel():
             present = values.flatten().nonzero().squeeze(1)
-        leaves = [table.detach()[ids] for table in model.tables]
+        m1 = model.m1.weight
+        further = m1.shape[1] > 1  # channels beside the one that copies stand in for
+        ids_of_m1 = ids if self.copies is None or further else ids[:0]
+        leaves = [table.detach()[ids_of_m1 if table is m1 else ids] for table in model.tables]
         for i in self.trained:
             leaves[i].requires_grad_()
         reads = []
@@ -132,7 +135,6 @@ class Learner:
             if self.copies.row_adam is not None:
                 leaf.requires_grad_()
                 reads.append(Read(self.copies.row_adam, copy_ids.flatten(), [leaf], present))
-            further = model.m1.weight.shape[1] > 1
             rows[0] = torch.cat([leaf, leaves[0][..., 1:]], dim=-1) if further else leaf
         return model.from_rows(rows, values), reads
 

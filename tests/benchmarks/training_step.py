@@ -155,8 +155,12 @@ def compare(arguments: argparse.Namespace, shards: Path, fields: FieldMap) -> No
         median = statistics.median(each)
         print(
             f"| {name} | {how} | {1e3 * median:.0f} | {1e3 * min(each):.0f} "
-            f"| {1e3 * max(each):.0f} | {arguments.batch_size / median:,.0f} | {ratio:.2f} |"
+            f"| {1e3 * max(each):.0f} | {arguments.batch_size / median:,.0f} | {ratio:.3f} |"
         )
+    for name, how in seconds:
+        if name in LC_DNN and ("DNN", how) in seconds:
+            pairs = zip(seconds["DNN", how], seconds[name, how], strict=True)
+            print(f"DNN's step by that of {name}: {statistics.median(a / b for a, b in pairs):.1f}")
 
 
 def profile(arguments: argparse.Namespace, shards: Path, fields: FieldMap) -> None:
@@ -217,14 +221,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--hidden", type=lambda s: s.split(","), default=made_up.HIDDEN)
     parser.add_argument("--batch-size", type=int, default=made_up.BATCH_SIZE)
     parser.add_argument("--precision", type=lambda s: s.split(","), default=["float32"])
-    parser.add_argument("--batch-norm", type=lambda s: s.split(","), default=["yes", "no"])
+    parser.add_argument("--batch-norm", type=lambda s: s.split(","), default=None)
     parser.add_argument("--systems", choices=["lc_dnn", "dnn"], default="lc_dnn")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
-    if arguments.d is None:
-        arguments.d = 200_000 if arguments.systems == "dnn" else made_up.D
+    dnn = arguments.systems == "dnn"
+    arguments.d = arguments.d or (200_000 if dnn else made_up.D)
+    arguments.batch_norm = arguments.batch_norm or (["yes"] if dnn else ["yes", "no"])
     return arguments
 
 
