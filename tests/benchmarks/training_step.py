@@ -131,7 +131,7 @@ def cases(
             settings = Training.model_validate(common | differs)
             learner = made_up.learner("lc_dnn", fields, settings)
             turns[name, how] = learner_turn(learner, shards, fields)
-        if "dnn" in arguments.systems:
+        if arguments.systems == "dnn":
             settings = Training.model_validate(common | {"start": "random"})
             learner = made_up.learner("dnn", fields, settings)
             turns["DNN", how] = learner_turn(learner, shards, fields)
