@@ -18,6 +18,7 @@ M1 alone, in these trainings (mean) and over made-up batches of the paper's size
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -209,6 +210,9 @@ def main() -> None:
             "systems": [{"system": "lc_dnn"}],
         }
     )
+    warnings.filterwarnings(
+        "ignore", message="Sparse invariant checks"
+    )  # of SparseAdam's gradients
     prepare(config, ("ingest", "features"))
     at_paper_size = paper_size(arguments.channels)
     print(
