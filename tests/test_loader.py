@@ -1,3 +1,4 @@
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,41 @@ def test_rows_keep_their_own_label_and_ids_when_shuffled(
     for batch in loader.training_batches(folder, manifest, FIELD_MAP, 0, 1, 64, 3, 0):
         for i, row_id in enumerate(batch.row_ids.tolist()):
             assert in_order[row_id] == (batch.ids[i].tolist(), batch.labels[i].item())
+
+
+def test_the_next_batch_is_made_while_one_is_in_use(
+    folder: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = threading.Semaphore(0)
+
+    def counted(columns: Any, field_map: FieldMap) -> Any:
+        tensors = to_tensors(columns, field_map)
+        made.release()
+        return tensors
+
+    monkeypatch.setattr(loader, "to_tensors", counted)
+    batches = loader.training_batches(folder, manifest, FIELD_MAP, 0, 1, 50, epoch=1, seed=0)
+    next(batches)
+    for _ in range(2):  # the first, and the second that no one has asked for
+        assert made.acquire(timeout=60)
+    batches.close()
+
+
+def test_threads_end_with_the_batches(folder: Path, manifest: dict[str, Any]) -> None:
+    before = set(threading.enumerate())
+    batches = loader.training_batches(folder, manifest, FIELD_MAP, 0, 1, 64, epoch=1, seed=0)
+    next(batches)
+    assert set(threading.enumerate()) > before
+    batches.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_while_reading_ahead_reaches_the_training(tmp_path: Path) -> None:
+    manifest = write_shards(tmp_path, CATEGORICAL_MAP, {"train": (20, 20)})
+    lacking = FieldMap((*CATEGORICAL_MAP.fields, FieldInfo("other", "categorical", 3)))
+    batches = loader.training_batches(tmp_path / "shards", manifest, lacking, 0, 1, 5, 1, 0)
+    with pytest.raises(KeyError, match="other"):
+        list(batches)
 
 
 def test_categorical_shards_give_no_values(tmp_path: Path) -> None:

@@ -7,10 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from training_data import FIELD_MAP, make_rows
 
+from lc_spark.systems import Training
+from lc_spark.training import models
+from lc_spark.training.learner import Learner
+from lc_spark.training.loader import Batch
 from lc_spark.training.optim import RowAdam, sum_by_id
 from lc_spark.training.world import World, joined
 
@@ -102,6 +109,36 @@ def test_gradients_of_one_id_are_summed() -> None:
     assert sums.tolist() == [[2.0, 2.0], [13.0, -0.5]]
 
 
+@given(st.lists(st.integers(0, 2**40), max_size=60), st.integers(1, 4))
+def test_sums_are_those_of_numpy(listed: list[int], k: int) -> None:
+    ids = np.array(listed + listed[::2], np.int64)
+    gradients = np.random.default_rng(0).normal(size=(len(ids), k)).astype(np.float32)
+    distinct, sums = sum_by_id(torch.from_numpy(ids), torch.from_numpy(gradients))
+    expected_ids, places = np.unique(ids, return_inverse=True)
+    expected = np.zeros((len(expected_ids), k), np.float32)
+    np.add.at(expected, places, gradients)
+    np.testing.assert_array_equal(distinct.numpy(), expected_ids)
+    np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_many_rows_are_summed_in_the_same_order_whatever_the_threads(k: int) -> None:
+    random = np.random.default_rng(0)
+    ids = torch.from_numpy((5000 * random.random(200_000) ** 4).astype(np.int64))
+    gradients = torch.from_numpy(random.normal(size=(len(ids), k)).astype(np.float32))
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            runs.append(sum_by_id(ids, gradients))
+    finally:
+        torch.set_num_threads(threads)
+    for distinct, sums in runs[1:]:
+        assert torch.equal(distinct, runs[0][0])
+        assert torch.equal(sums, runs[0][1])
+
+
 def test_a_step_without_ids_changes_nothing() -> None:
     table = start()
     adam = RowAdam([table], RATE, DECAY, ALONE)
@@ -122,33 +159,104 @@ def test_goes_on_from_a_saved_state_bit_for_bit() -> None:
     assert torch.equal(after.second[0], whole.second[0])
 
 
-def _run_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    # Unequal parts: rank 0 has 10 rows of a step, rank 1 the other 30. The mean over ranks of the
-    # sums is half the sum over all rows, hence the factor 2.
-    part = slice(0, 10) if rank == 0 else slice(10, 40)
-    steps = [(ids[part], 2 * gradients[part]) for ids, gradients in make_steps()]
-    table = start()
-    with joined("cpu") as world:
-        update(table, steps, DECAY, world)
-    save_file({"table": table}, folder / f"{rank}.safetensors")
-
-
-@pytest.mark.slow
-def test_two_ranks_with_parts_of_a_step_move_as_one_with_all_of_it(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """Return what _in_a_rank made in each of two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_run_rank, args=(r, 2, port, tmp_path)) for r in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=120)
-        assert rank.exitcode == 0
-    tables = [load_file(tmp_path / f"{rank}.safetensors")["table"] for rank in range(2)]
+    processes = [context.Process(target=_in_a_rank, args=(r, port, folder)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+
+
+def _in_a_rank(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with joined("cpu") as world:
+        made = _update_by_parts(world) | _learn(world) | _count_bytes(world)
+    save_file(made, folder / f"{rank}.safetensors")
+
+
+def _update_by_parts(world: World) -> dict[str, Tensor]:
+    # Unequal parts: rank 0 has 10 rows of a step, rank 1 the other 30. The mean over ranks of the
+    # sums is half the sum over all rows, hence the factor 2.
+    part = slice(0, 10) if world.rank == 0 else slice(10, 40)
+    table = start()
+    update(
+        table, [(ids[part], 2 * gradients[part]) for ids, gradients in make_steps()], DECAY, world
+    )
+    return {"table": table}
+
+
+@pytest.mark.slow
+def test_two_ranks_with_parts_of_a_step_move_as_one_with_all_of_it(
+    ranks: list[dict[str, Tensor]],
+) -> None:
+    tables = [rank["table"] for rank in ranks]
     assert torch.equal(tables[0], tables[1])
     alone = start()
     update(alone, make_steps(), DECAY, ALONE)
     torch.testing.assert_close(tables[0], alone, rtol=1e-5, atol=1e-6)
+
+
+def _learn(world: World) -> dict[str, Tensor]:
+    """Take three steps of a whole network over 64 rows, of which each rank has its part."""
+    torch.manual_seed(3)
+    settings = Training(hidden=(16, 8), batch_norm=False, start="random", m1_weight_decay=0.1)
+    learner = Learner(models.build("lc_wd", FIELD_MAP, settings), settings, 3, world)
+    part = slice(64 * world.rank // world.size, 64 * (world.rank + 1) // world.size)
+    for step in range(3):
+        rows = make_rows(64, step)
+        ids, values = models.to_tensors({k: v[part] for k, v in rows.items()}, FIELD_MAP)
+        labels = torch.from_numpy(rows["label"][part])
+        learner.step(Batch(ids, values, labels, torch.arange(64)[part], ids[:, 0]), step)
+    parameters = learner.model.named_parameters()
+    return {f"learnt.{name}": tensor.detach().clone() for name, tensor in parameters}
+
+
+@pytest.mark.slow
+def test_two_ranks_with_half_a_batch_each_learn_what_one_learns_of_all(
+    ranks: list[dict[str, Tensor]],
+) -> None:
+    first, second = ranks
+    alone = _learn(ALONE)
+    assert "learnt.m1.weight" in alone
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def _count_bytes(world: World) -> dict[str, Tensor]:
+    """Return the bytes that a rank sends in a step over tables of different d, ids spread alike."""
+    counts = {}
+    for spread in (1, 1000):
+        for step, (ids, gradients) in enumerate(make_steps(2, rows=400)):
+            part = slice(0, 100) if world.rank == 0 else slice(100, 400)
+            world.sent.clear()
+            adam = RowAdam([torch.zeros(D * spread, K)], RATE, DECAY, world)
+            adam.step(ids[part] * spread, [gradients[part]], factor=1.0)
+            counts[f"bytes.{spread}.{step}"] = torch.tensor(world.sent.total())
+    return counts
+
+
+@pytest.mark.slow
+def test_bytes_of_a_step_are_those_of_its_distinct_ids_whatever_d_is(
+    ranks: list[dict[str, Tensor]],
+) -> None:
+    for step, (ids, _) in enumerate(make_steps(2, rows=400)):
+        # An int64 and K float32 for each distinct id of the rank that has more of them; and twice
+        # how many there are.
+        longest = max(len(np.unique(part)) for part in (ids[:100], ids[100:]))
+        for rank in ranks:
+            assert (
+                rank[f"bytes.1.{step}"]
+                == rank[f"bytes.1000.{step}"]
+                == longest * (8 + 4 * K) + 2 * 8
+            )

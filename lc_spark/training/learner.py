@@ -63,7 +63,10 @@ class Learner:
         self.model = model.to(world.device)
         self.settings, self.total_steps, self.world = settings, total_steps, world
         self.adamw = torch.optim.AdamW(
-            model.deep.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            model.deep.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.trained = [i for i, table in enumerate(model.tables) if table.requires_grad]
         self.row_adam = self._row_adam([model.tables[i] for i in self.trained])
@@ -112,8 +115,13 @@ class Learner:
     ) -> tuple[Tensor, list[Read]]:
         """Return logits [B] of an LC network, and the rows that their gradients go to."""
         # Padding has value 0: its features are not in the row and stand still.
-        present = None if values is None else values.flatten().nonzero().squeeze(1)
-        leaves = [table.detach()[ids] for table in model.tables]
+        present = None
+        if values is not None and int(values.count_nonzero()) < values.numel():
+            present = values.flatten().nonzero().squeeze(1)
+        m1 = model.m1.weight
+        further = m1.shape[1] > 1  # channels beside the one that copies stand in for
+        ids_of_m1 = ids if self.copies is None or further else ids[:0]
+        leaves = [table.detach()[ids_of_m1 if table is m1 else ids] for table in model.tables]
         for i in self.trained:
             leaves[i].requires_grad_()
         reads = []
@@ -127,7 +135,6 @@ class Learner:
             if self.copies.row_adam is not None:
                 leaf.requires_grad_()
                 reads.append(Read(self.copies.row_adam, copy_ids.flatten(), [leaf], present))
-            further = model.m1.weight.shape[1] > 1
             rows[0] = torch.cat([leaf, leaves[0][..., 1:]], dim=-1) if further else leaf
         return model.from_rows(rows, values), reads
 
@@ -159,6 +166,8 @@ class Learner:
 
     def _average_gradients(self, loss: Tensor) -> float:
         """Set the MLP's gradients to their mean over ranks; return the mean loss."""
+        if self.world.size == 1:
+            return loss.item()
         gradients = [p.grad for p in self.model.deep.parameters() if p.grad is not None]
         vector = torch.cat([parameters_to_vector(gradients), loss.detach().reshape(1)])
         vector = self.world.mean(vector)

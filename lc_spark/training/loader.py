@@ -1,18 +1,22 @@
 """Turns Parquet shards into batches of model input; the only file that imports petastorm.
 
 Each rank reads the row groups i with i mod world_size = rank, through one reader thread: with one
-the order is the same every time, and reading overlaps the training step.
+the order is the same every time. For training another thread makes the next batch meanwhile, so
+that both overlap the step.
 """
 
 import json
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lc_spark.errors import LcSparkError, RankError
@@ -109,8 +113,30 @@ def training_batches(
     """Yield exactly steps_per_epoch batches of batch_size train rows to a rank.
 
     Row groups, and rows within each, come in an order drawn from (seed, epoch). Rows of days
-    before first_date (days since 1970) are passed over.
+    before first_date (days since 1970) are passed over. A batch is made while the one before it is
+    in use.
     """
+    batches = _shuffled(
+        shards, manifest, field_map, rank, world_size, batch_size, epoch, seed, first_date
+    )
+    with closing(batches), ThreadPoolExecutor(1, "batches") as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
+
+
+def _shuffled(
+    shards: AnyPath,
+    manifest: dict[str, Any],
+    field_map: FieldMap,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    first_date: int | None,
+) -> Generator[Batch, None, None]:
     groups = train_row_groups(shards, manifest, first_date)
     steps = steps_per_epoch(groups, world_size, batch_size)
     files = _files(shards, manifest, "train")[rank::world_size]
@@ -118,18 +144,22 @@ def training_batches(
     # petastorm takes a seed of 0 for none.
     reader_seed = int(random.integers(1, 2**31))
     parts: list[Batch] = []
-    for group in _row_groups(files, field_map, reader_seed, first_date):
-        order = torch.from_numpy(random.permutation(len(group.labels)))
-        parts.append(_select(group, order))
-        rows = _concatenate(parts)
-        at = 0
-        while len(rows.labels) - at >= batch_size:
-            yield _select(rows, slice(at, at + batch_size))
-            at += batch_size
-            steps -= 1
-            if steps == 0:
-                return
-        parts = [_select(rows, slice(at, None))]
+    missing = batch_size  # rows that the parts lack to a batch
+    with closing(_row_groups(files, field_map, reader_seed, first_date is not None)) as row_groups:
+        for columns in row_groups:
+            rows = np.arange(len(columns["label"]))
+            if first_date is not None:
+                rows = rows[columns["date"] >= first_date]
+            order = rows[random.permutation(len(rows))]
+            while len(order) >= missing:
+                parts.append(_batch(columns, order[:missing], field_map))
+                yield _concatenate(parts)
+                steps -= 1
+                if steps == 0:
+                    return
+                order, parts, missing = order[missing:], [], batch_size
+            parts.append(_batch(columns, order, field_map))
+            missing -= len(order)
 
 
 def evaluation_batches(
@@ -151,15 +181,17 @@ def evaluation_batches(
     expected = [rows for rows in expected if rows > 0]
     if not expected:
         return
-    # zip asks for the next expected size first: it ends without waiting for one group too many.
-    for rows, group in zip(expected, _row_groups(files, field_map, None), strict=False):
-        if len(group.labels) != rows:
-            raise RankError(
-                f"A row group of {shards}/split={split} has {len(group.labels)} rows, the manifest "
-                f"says {rows}: run the features stage again."
-            )
-        for at in range(0, rows, batch_size):
-            yield _select(group, slice(at, at + batch_size))
+    with closing(_row_groups(files, field_map, None)) as row_groups:
+        # zip asks for the next expected size first: it ends without waiting for a group too many.
+        for rows, columns in zip(expected, row_groups, strict=False):
+            found = len(columns["label"])
+            if found != rows:
+                raise RankError(
+                    f"A row group of {shards}/split={split} has {found} rows, the manifest says "
+                    f"{rows}: run the features stage again."
+                )
+            for at in range(0, rows, batch_size):
+                yield _batch(columns, slice(at, at + batch_size), field_map)
 
 
 def _files(shards: AnyPath, manifest: dict[str, Any], split: str) -> list[AnyPath]:
@@ -178,15 +210,15 @@ def _row_groups(
     files: Sequence[AnyPath],
     field_map: FieldMap,
     shuffle_seed: int | None,
-    first_date: int | None = None,
-) -> Iterator[Batch]:
-    """Yield the row groups of the files without end: in order, or shuffled by the seed.
+    with_date: bool = False,
+) -> Generator[Mapping[str, NDArray[Any]], None, None]:
+    """Yield the row groups of the files without end, as columns: in order, or shuffled by the seed.
 
     Never a finite reader: petastorm 0.13 may take its ventilator for done between two of its own
     checks and drop the last row groups without a word. The callers count what they need.
     """
     names = ["label", "row_id", "fold", *(info.name for info in field_map.fields)]
-    names += [] if first_date is None else ["date"]
+    names += ["date"] if with_date else []
     # Its reader thread calls pyarrow's legacy dataset for every row group; the pin to pyarrow 14 is
     # known. Not in a `with`: that would end before the thread does.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
@@ -204,28 +236,28 @@ def _row_groups(
     )
     try:
         for group in reader:
-            columns = group._asdict()
-            ids, values = to_tensors(columns, field_map)
-            labels = torch.from_numpy(np.array(columns["label"], np.float32))
-            row_ids = torch.from_numpy(np.array(columns["row_id"], np.int64))
-            folds = torch.from_numpy(np.array(columns["fold"], np.int64))
-            batch = Batch(ids, values, labels, row_ids, folds)
-            if first_date is not None:
-                batch = _select(batch, torch.from_numpy(columns["date"] >= first_date))
-            yield batch
+            yield group._asdict()
     finally:
         reader.stop()
         reader.join()
 
 
-def _select(batch: Batch, rows: slice | Tensor) -> Batch:
-    values = None if batch.values is None else batch.values[rows]
+def _batch(
+    columns: Mapping[str, NDArray[Any]], rows: slice | NDArray[np.int64], field_map: FieldMap
+) -> Batch:
+    ids, values = to_tensors({f.name: columns[f.name][rows] for f in field_map.fields}, field_map)
     return Batch(
-        batch.ids[rows], values, batch.labels[rows], batch.row_ids[rows], batch.folds[rows]
+        ids,
+        values,
+        torch.from_numpy(np.array(columns["label"][rows], np.float32)),
+        torch.from_numpy(np.array(columns["row_id"][rows], np.int64)),
+        torch.from_numpy(np.array(columns["fold"][rows], np.int64)),
     )
 
 
 def _concatenate(parts: Sequence[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
     values = [part.values for part in parts if part.values is not None]
     return Batch(
         torch.cat([part.ids for part in parts]),

@@ -8,9 +8,10 @@ import socket
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,15 +28,20 @@ SECONDS_TO_REPORT = 10.0  # after which a rank may report that another one is go
 
 @dataclass(frozen=True)
 class World:
-    """One rank of several; each method but `say` is a collective, called by every rank."""
+    """One rank of several; each method but `say` is a collective, called by every rank.
+
+    sent counts the bytes that this rank gave to `mean` and to `gather` for the others.
+    """
 
     rank: int
     size: int
     device: torch.device
+    sent: Counter[str] = field(default_factory=Counter)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Set the tensor to its mean over ranks and return it."""
         if self.size > 1:
+            self.sent["mean"] += tensor.nbytes
             with _among_others():
                 dist.all_reduce(tensor)
             tensor /= self.size
@@ -55,6 +61,7 @@ class World:
         counts = [int(n) for n in lengths]
         padded = part.new_zeros(max(counts), *part.shape[1:])
         padded[: len(part)] = part
+        self.sent["gather"] += length.nbytes + padded.nbytes
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         with _among_others():
             dist.all_gather(parts, padded)

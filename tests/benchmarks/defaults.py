@@ -53,11 +53,14 @@ CHANGES: tuple[dict[str, Any], ...] = (
 )
 
 
-def prepare(config: Config) -> None:
-    """Run the stages up to LR, unless they were run before."""
+STAGES = ("ingest", "features", "train_lr")
+
+
+def prepare(config: Config, stages: tuple[str, ...] = STAGES) -> None:
+    """Run the stages up to LR, or those given, unless they were run before."""
     spark = session.start(config)
     parent = tracking.start_pipeline(config, {"kind": "benchmark"})
-    for stage in ("ingest", "features", "train_lr"):
+    for stage in stages:
         pipeline.ensure_stage(stage, spark, config, parent)
     tracking.end_run(config, parent, "FINISHED")
     spark.stop()
