@@ -77,8 +77,10 @@ def pieces(batches: Batches, infos: Sequence[FieldInfo]) -> Iterator[Piece]:
                     path = found
                     opened.close()
                     file = opened.enter_context(as_path(unquote(path)).open("rb"))
-                    parquet = pq.ParquetFile(file, read_dictionary=texts)
-                    starts = _starts(parquet)
+                    metadata = pq.read_metadata(file)
+                    there = [text for text in texts if text in metadata.schema.names]
+                    parquet = pq.ParquetFile(file, metadata=metadata, read_dictionary=there)
+                    starts = _starts(metadata)
                 numbers = np.searchsorted(starts, at[begin:end], side="right") - 1
                 for first, last in _runs(numbers):
                     start = int(starts[numbers[first]])
@@ -97,8 +99,8 @@ def _runs(values: NDArray[np.generic]) -> Iterator[tuple[int, int]]:
         yield from zip([0, *edges.tolist()], [*edges.tolist(), len(values)], strict=True)
 
 
-def _starts(parquet: pq.ParquetFile) -> NDArray[np.int64]:
-    metadata = parquet.metadata
+def _starts(metadata: pq.FileMetaData) -> NDArray[np.int64]:
+    """Return the number of the first row of each row group."""
     rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     return np.cumsum([0, *rows[:-1]], dtype=np.int64)
 
