@@ -32,7 +32,6 @@ from lc_spark.training.lr_network import (
 from lc_spark.training.world import World, joined, progress_bar
 
 EVALUATION_BATCH_SIZE = 8192
-LATEST_DATE = 2**16  # days since 1970 that a row's date stays below: the year 2149
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class _Trainer:
         self.manifest = loader.read_manifest(self.folder / "shards", self.field_map)
         # A row's date comes along as one more field, which _rows takes off again.
         self.dated = any(part.before is not None for part in self.parts)
-        more = (FieldInfo("date", "bucketed", LATEST_DATE),) if self.dated else ()
+        more = (FieldInfo("date", "bucketed", 1),) if self.dated else ()
         self.read_map = FieldMap((*self.field_map.fields, *more))
         self.steps = self._steps_per_epoch()
         self.rows = self.steps * spec.batch_size * world.size
