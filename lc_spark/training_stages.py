@@ -32,10 +32,7 @@ def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     with tracking.stage(config, parent, "lr") as run:
         run.log_params(config.lr.model_dump())
         run.set_tags({"fingerprint": field_map.fingerprint})
-        context = spark.sparkContext
-        memory = context._jvm.java.lang.Runtime.getRuntime().maxMemory()
-        tasks = context.defaultParallelism if str(context.master).startswith("local") else 0
-        by = lr_choice.chosen(config.lr, field_map.d, tasks, memory)
+        by = _lr_by(spark, config, field_map)
         run.set_tags({"lr_by": by})
         fit_by = _lr_by_torch if by == "torch" else _lr_by_mllib
         made, weights_df = fit_by(spark, config, field_map, parts)
@@ -60,6 +57,15 @@ def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
             + ", ".join(f"{rows} {auc:.4f}" for rows, auc in aucs.items())
             + "; table lr_weights",
         }
+
+
+def _lr_by(spark: SparkSession, config: Config, field_map: FieldMap) -> str:
+    """Return what fits LR, "mllib" or "torch", by the memory that this driver has."""
+    context = spark.sparkContext
+    assert context._jvm is not None, "a session is active"
+    memory = context._jvm.java.lang.Runtime.getRuntime().maxMemory()
+    tasks = context.defaultParallelism if str(context.master).startswith("local") else 0
+    return lr_choice.chosen(config.lr, field_map.d, tasks, memory)
 
 
 def _lr_by_mllib(

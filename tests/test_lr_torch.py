@@ -53,7 +53,7 @@ def rows_of(folder: Path) -> pd.DataFrame:
     """Return fold and date of the train rows, in the order of matrix_of."""
     paths = part_files(folder / "shards", "train")
     parts = [pq.read_table(path, columns=["fold", "date"]).to_pandas() for path in paths]
-    return pd.concat(parts).reset_index(drop=True)
+    return pd.DataFrame(pd.concat(parts).reset_index(drop=True))
 
 
 def seen_by(folder: Path) -> dict[str, NDArray[np.bool_]]:
