@@ -136,6 +136,8 @@ class _Trainer:
         if self.world.rank == 0:
             self._save(weights, bias, l2, histories)
             checkpoint.remove(self.folder / "lr_checkpoint")
+        names = ", ".join(part.name for part in self.parts)
+        self.world.say(f"lr: l2 {l2:g} of {len(spec.l2)}; made {names} in {self.folder}/models")
         return {
             "l2": l2,
             "valid_losses": list(valid_losses.items()),
@@ -183,8 +185,9 @@ class _Trainer:
             raise LcSparkError(f"LR's loss is no number in epoch {epoch}: lower lr.learning_rate.")
         self.losses.append((loss / seen).tolist())
         self.world.say(
-            f"lr epoch {epoch}/{self.spec.epochs}: log loss of the rows as they were met "
-            f"{self.losses[-1][0]:.5f}, {self.rows / self.seconds[-1]:,.0f} rows/s"
+            f"lr epoch {epoch}/{self.spec.epochs}: log loss of the rows as they were met, at the "
+            f"best l2, {min(self.losses[-1][: len(self.spec.l2)]):.5f}; "
+            f"{self.rows / self.seconds[-1]:,.0f} rows/s"
         )
         if self.world.rank == 0 and epoch < self.spec.epochs:
             checkpoint.save(
