@@ -33,7 +33,7 @@ from lc_spark.training.proximal import ProximalAdagrad
 from lc_spark.training.world import joined
 
 FLIGHTS = Path(__file__).parent.parent / "conf" / "flights.yaml"
-ROWS, PAST = 4500, FIRST_DATE + DAYS - 3
+PAST = FIRST_DATE + DAYS - 3
 RANK = """
 import json, sys
 from lc_spark.training.lr_loop import run_lr_rank
@@ -43,7 +43,7 @@ print("RESULT " + json.dumps(run_lr_rank(json.loads(sys.argv[1]))), flush=True)
 
 def write_log(folder: Path) -> None:
     """Write shards with every kind of field."""
-    write_shards(folder, FIELD_MAP, {"train": [1500] * 3, "valid": [1000]})
+    write_shards(folder, FIELD_MAP, {"train": [600] * 3, "valid": [600]})
     for split in ("train", "valid"):
         for path in part_files(folder / "shards", split):
             make_sets(Path(str(path)))
@@ -75,8 +75,8 @@ def spec_of(folder: Path, **settings: Any) -> LrSpec:
         for name, seen in seen_by(folder).items()
     ]
     defaults: dict[str, Any] = {
-        "l2": [1e-2, 1e-3],
-        "epochs": 3,
+        "l2": [1e-1, 1e-2],
+        "epochs": 2,
         "batch_size": 50,
         "learning_rate": 0.1,
         "device": "cpu",
@@ -112,7 +112,7 @@ def trained(
     folder = tmp_path_factory.mktemp("long")
     write_log(folder)
     config = make_config({"workspace": str(folder)})
-    return folder, config, fit(spec_of(folder, epochs=40))
+    return folder, config, fit(spec_of(folder, epochs=25))
 
 
 def test_every_lr_comes_near_the_optimum_of_its_own_rows(
@@ -127,7 +127,7 @@ def test_every_lr_comes_near_the_optimum_of_its_own_rows(
         found = objective(weights_of(folder, name), x[seen], y[seen], result["l2"])
         started = objective(np.zeros(FIELD_MAP.d + 1), x[seen], y[seen], result["l2"])
         assert started - least > 0.1, "there is something to find"
-        assert least - 1e-6 < found < least + 5e-4, name
+        assert least - 1e-6 < found < least + 1e-3, name
 
 
 def test_valid_losses_and_aucs_are_those_of_scikit_learn(
@@ -166,7 +166,7 @@ def test_the_history_begins_at_the_base_rate_and_ends_at_the_objective(
     folder, config, result = trained
     x, y = matrix_of(config, FIELD_MAP, "train")
     history = result["loss_history"]
-    assert len(history) == result["iterations"] + 1 == 41
+    assert len(history) == result["iterations"] + 1 == 26
     assert history[0] == pytest.approx(log_loss(y, np.full(len(y), y.mean())), abs=1e-6)
     found = objective(weights_of(folder, "lr"), x, y, result["l2"])
     assert history[-1] == pytest.approx(found, abs=1e-6)
@@ -199,7 +199,7 @@ def test_rows_that_are_held_out_do_not_move_a_bit_of_their_lr(
         write_log(folder)
     change_labels(folders[1], which)
     for folder in folders:
-        fit(spec_of(folder, l2=[1e-3]))
+        fit(spec_of(folder, l2=[1e-2], epochs=1))
     for name in seen_by(folders[0]):
         before, after = (weights_of(folder, name) for folder in folders)
         assert np.array_equal(before, after) == (name == unmoved), name
@@ -211,12 +211,12 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, make_config: ConfigMaker)
         folder = tmp_path / str(size)
         write_log(folder)
         config = make_config({"workspace": str(folder)})
-        spec = spec_of(folder, l2=[1e-3], epochs=20, batch_size=100 // size)
+        spec = spec_of(folder, l2=[1e-2], epochs=15, batch_size=100 // size)
         result, output = run_ranks(spec, size, RANK)
         assert "lr: 5 LRs over 79 features at once" in output
         x, y = matrix_of(config, FIELD_MAP, "train")
         found[size] = {
-            name: objective(weights_of(folder, name), x[seen], y[seen], 1e-3)
+            name: objective(weights_of(folder, name), x[seen], y[seen], 1e-2)
             for name, seen in seen_by(folder).items()
         }
         auc[size] = result["aucs"]
@@ -246,7 +246,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(
 def test_a_batch_that_no_rank_can_fill_is_told(tmp_path: Path) -> None:
     write_log(tmp_path)
     error = fit(spec_of(tmp_path, batch_size=5000))["error"]
-    assert "lr.batch_size is 5000, but one of 1 ranks gets only 4,500 of 4,500 train rows" in error
+    assert "lr.batch_size is 5000, but one of 1 ranks gets only 1,800 of 1,800 train rows" in error
 
 
 def test_absent_weights_shrink_as_if_every_step_had_touched_all_of_them() -> None:
