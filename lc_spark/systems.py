@@ -43,7 +43,7 @@ class Lr(Section):
     epochs: PositiveInt = Field(2, description="by torch: passes over the train rows")
     batch_size: PositiveInt = Field(1024, description="by torch: rows a rank and step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="by torch: a weight's first step, in logits; later ones are shorter"
+        0.2, description="by torch: a weight's first step, in logits; later ones are shorter"
     )
 
     @field_validator("l2", mode="before")

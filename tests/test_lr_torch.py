@@ -319,7 +319,7 @@ def flights(
         f"source.path={folder / 'flights.parquet'}",
         "source.dataset=null",
         f"systems={json.dumps(systems)}",
-        "training.epochs=1",
+        "training.epochs=2",
         "training.batch_size=64",
         "lr.by=torch",
         "lr.l2=[1e-2, 1e-3]",
