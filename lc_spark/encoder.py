@@ -35,24 +35,38 @@ class Vocabulary:
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> "Vocabulary":
-        """Read a table of (field string, hash int64, index int32); no hash, no entry."""
+        """Read a table of (field string, hash int64, index int32); no hash, no entry.
+
+        The names may be dictionary-encoded: one a row would take more than all the rest.
+        """
+        if table["hash"].null_count:
+            table = table.filter(pc.is_valid(table["hash"]))
+        column = table["field"]
+        if not pa.types.is_dictionary(column.type):
+            column = pc.dictionary_encode(column)
+        encoded = column.unify_dictionaries().combine_chunks()
+        codes, names = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+        hashes, indices = table["hash"].to_numpy(), table["index"].to_numpy()
+        by_field = np.argsort(codes.astype(np.int32), kind="stable")
+        ends = np.cumsum(np.bincount(codes, minlength=len(names)))
         entries = {}
-        table = table.filter(pc.is_valid(table["hash"]))
-        for name in sorted(pc.unique(table["field"]).to_pylist()):
-            rows = table.filter(pc.equal(table["field"], name))
-            hashes = rows["hash"].to_numpy()
-            order = np.argsort(hashes, kind="stable")
-            entries[name] = (hashes[order], rows["index"].to_numpy()[order].astype(np.int32))
+        for name, code in sorted((name, code) for code, name in enumerate(names)):
+            rows = by_field[0 if code == 0 else ends[code - 1] : ends[code]]
+            if len(rows):
+                rows = rows[np.argsort(hashes[rows], kind="stable")]
+                entries[name] = (hashes[rows], indices[rows].astype(np.int32))
         return cls(entries)
 
     def to_arrow(self) -> pa.Table:
-        """Return the table that from_arrow reads."""
+        """Return the table that from_arrow reads, its names dictionary-encoded."""
         empty = (np.zeros(0, np.int64), np.zeros(0, np.int32))
         parts = list(self.entries.values()) or [empty]
-        names = [np.repeat(name, len(part[0])) for name, part in self.entries.items()]
+        lengths = [len(hashes) for hashes, _ in self.entries.values()]
+        codes = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        names = pa.array(list(self.entries), pa.string())
         return pa.table(
             {
-                "field": pa.array(np.concatenate(names) if names else [], pa.string()),
+                "field": pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), names),
                 "hash": np.concatenate([part[0] for part in parts]),
                 "index": np.concatenate([part[1] for part in parts]),
             }

@@ -92,8 +92,8 @@ def loss_by_epoch(histories: Mapping[str, Mapping[str, Numbers]]) -> Figure:
 
 
 def lr_loss(history: Numbers) -> Figure:
-    """Draw LR's objective (mean log loss and penalty) by L-BFGS pass, the start as pass 0."""
-    figure, axes = _axes("LR: objective by pass over the data", "L-BFGS pass", "objective")
+    """Draw LR's objective (mean log loss and penalty) by pass, the start as pass 0."""
+    figure, axes = _axes("LR: objective by pass over the data", "pass", "objective")
     axes.plot(range(len(history)), history, color=COLOURS[0], linewidth=1.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

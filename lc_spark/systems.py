@@ -27,13 +27,24 @@ HELD_OUT = ("lr_cross_fitted", "lr_past")
 
 
 class Lr(Section):
-    """MLlib LogisticRegression; l2 is its regParam (a row's mean loss + l2 / 2 |w|^2)."""
+    """Logistic regression; l2 is MLlib's regParam (a row's mean loss + l2 / 2 |w|^2)."""
 
+    by: Literal["mllib", "torch", "auto"] = Field(
+        "mllib",
+        description="mllib: L-BFGS, of which the driver holds some 260 bytes a feature; torch: all "
+        "LRs of the config at once by the torch loop, for more features than that; auto: torch "
+        "where MLlib's share does not fit into the driver's memory",
+    )
     l2: Annotated[tuple[Regularisation, ...], Field(min_length=1)] = Field(
         (1e-6, 1e-5, 1e-4, 1e-3), description="of several, validation log loss chooses"
     )
-    max_iterations: PositiveInt = 100
-    tolerance: Annotated[float, Field(gt=0)] = 1e-6
+    max_iterations: PositiveInt = Field(100, description="by mllib")
+    tolerance: Annotated[float, Field(gt=0)] = Field(1e-6, description="by mllib")
+    epochs: PositiveInt = Field(2, description="by torch: passes over the train rows")
+    batch_size: PositiveInt = Field(1024, description="by torch: rows a rank and step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="by torch: a weight's first step, in logits; later ones are shorter"
+    )
 
     @field_validator("l2", mode="before")
     @classmethod

@@ -417,6 +417,23 @@ def test_a_vocabulary_survives_arrow_and_its_digest_tells_any_change() -> None:
     assert len({v.digest("site") for v in (SITES, other_order, fewer)}) == 3
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_entries_are_read_in_any_order_and_in_parts(encoded: bool) -> None:
+    rows = [("b", 9, 2), ("a", 7, 3), ("b", None, 0), ("b", -4, 4), ("a", 1, 2), ("b", 0, 3)]
+    parts = []
+    for part in (rows[:2], rows[2:3], rows[3:]):  # the names of a part have their own dictionary
+        fields, hashes, indices = zip(*part, strict=True)
+        names = pa.array(fields, pa.string())
+        columns = [names.dictionary_encode() if encoded else names]
+        columns += [pa.array(hashes, pa.int64()), pa.array(indices, pa.int32())]
+        parts.append(pa.table(columns, names=["field", "hash", "index"]))
+    words = Vocabulary.from_arrow(pa.concat_tables(parts))
+    found = {name: [e.tolist() for e in entries] for name, entries in words.entries.items()}
+    assert found == {"a": [[1, 7], [2, 3]], "b": [[-4, 0, 9], [4, 3, 2]]}
+    assert list(found) == ["a", "b"]
+    assert {e.dtype.name for e in words.of("a")} == {"int64", "int32"}
+
+
 def test_an_empty_vocabulary_survives_arrow_and_knows_nothing() -> None:
     empty = Vocabulary.from_arrow(Vocabulary({}).to_arrow())
     assert empty.entries == {}

@@ -10,8 +10,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
+from lc_spark.features import memory
 from lc_spark.features.fit import Fitted, fit_features
-from lc_spark.features.vocabulary import count_values, rank_values
+from lc_spark.features.vocabulary import count_values, rank_values, to_vocabulary
 from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo
 from lc_spark.pandas_rows import hash_text, prepare_pandas
@@ -251,3 +252,55 @@ def test_two_values_of_one_hash_are_an_error_that_names_both(spark: SparkSession
         rank_values(count_values(df, [info]), {"campaign": 1})
     assert "Field 'campaign'" in str(error.value)
     assert all(repr(value) in str(error.value) for value in pair)
+
+
+@pytest.fixture(scope="module")
+def ranked_df(spark: SparkSession) -> DataFrame:
+    """200 values of 'user' seen 2 to 201 times, 20 of 'item', and the levels of rare values."""
+    users = [("user", n + 2, n * 31 + 5, 2 + n) for n in range(200)]
+    items = [("item", n + 2, n * 17 + 3, 500) for n in range(20)]
+    rest = [(name, index, None, 9) for name in ("user", "item") for index in (0, 1)]
+    return spark.createDataFrame(
+        users + items + rest, "field string, index int, hash long, count long"
+    )
+
+
+INFOS = [FieldInfo("user", "categorical", 1), FieldInfo("item", "categorical", 1)]
+
+
+def test_collected_values_are_those_of_the_table(ranked_df: DataFrame) -> None:
+    vocabulary, sizes = to_vocabulary(ranked_df, INFOS)
+    assert sizes == {"user": 202, "item": 22}
+    assert list(vocabulary.entries) == ["item", "user"]
+    for name, entries in vocabulary.entries.items():
+        rows = ranked_df.where(f"field = '{name}' AND hash IS NOT NULL").orderBy("hash").collect()
+        assert entries[0].tolist() == [row["hash"] for row in rows]
+        assert entries[1].tolist() == [row["index"] for row in rows]
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_before_it_is_collected(
+    ranked_df: DataFrame,
+) -> None:
+    each = memory.bytes_a_value(2)  # local[2]
+    with pytest.raises(LcSparkError) as error:
+        to_vocabulary(ranked_df, INFOS, free=120 * each)
+    said = str(error.value)
+    assert "The vocabulary of 220 values needs" in said
+    assert f"({each} bytes a value in the driver and its tasks)" in said
+    assert "The fields with most values: 'user' 200, 'item' 20" in said
+    # 100 users fit beside the items: those seen 102 times and more.
+    assert "Set user: hashed: 64, or raise min_count there to 200." in said
+    for free in (220 * each, 220 * each + each - 1):
+        assert to_vocabulary(ranked_df, INFOS, free=free)[1]["user"] == 202
+    with pytest.raises(LcSparkError, match="The vocabulary of 221 values"):
+        to_vocabulary(ranked_df, INFOS, held=1, free=220 * each)
+
+
+def test_the_min_count_that_is_named_makes_the_vocabulary_fit(ranked_df: DataFrame) -> None:
+    each = memory.bytes_a_value(2)
+    with pytest.raises(LcSparkError, match="raise min_count there to 200"):
+        to_vocabulary(ranked_df, INFOS, free=100 * each)
+    cut_df = ranked_df.where("field = 'item' OR count >= 200")
+    assert to_vocabulary(cut_df, INFOS, free=100 * each)[1] == {"user": 4, "item": 22}
+    with pytest.raises(LcSparkError, match=r"Set user: hashed: 64; item: hashed: 8, or"):
+        to_vocabulary(ranked_df, INFOS, free=10 * each)

@@ -136,15 +136,18 @@ print("RESULT " + json.dumps(result), flush=True)
 """
 
 
-def start_ranks(spec: TrainSpec, size: int) -> list[subprocess.Popen[str]]:
-    """Start one process a rank, as torchrun would; stdout and stderr come through one pipe."""
+def start_ranks(spec: Any, size: int, code: str = _RANK) -> list[subprocess.Popen[str]]:
+    """Start one process a rank, as torchrun would; stdout and stderr come through one pipe.
+
+    code gets the spec's fields as JSON, by default to train a network of a TrainSpec.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", _RANK, json.dumps(asdict(spec))],
+            [sys.executable, "-c", code, json.dumps(asdict(spec))],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": "0"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -154,9 +157,9 @@ def start_ranks(spec: TrainSpec, size: int) -> list[subprocess.Popen[str]]:
     ]
 
 
-def run_ranks(spec: TrainSpec, size: int) -> tuple[dict[str, Any], str]:
+def run_ranks(spec: Any, size: int, code: str = _RANK) -> tuple[dict[str, Any], str]:
     """Run all ranks to their end; return rank 0's result and its output."""
-    processes = start_ranks(spec, size)
+    processes = start_ranks(spec, size, code)
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output

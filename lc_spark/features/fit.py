@@ -127,7 +127,8 @@ def _fit_crosses(
         given = vocab.Given(seen_df=seen_df.select("field", F.col("key").alias("hash")))
     cross_cuts = {info.name: cuts[info.name] for info in ranked} or {"": 1}
     ranked_df = vocab.rank_keys(keys_df, cross_cuts, given).persist(StorageLevel.DISK_ONLY)
-    cross_words, sizes = vocab.to_vocabulary(ranked_df, ranked)
+    held = sum(len(hashes) for hashes, _ in words.entries.values())
+    cross_words, sizes = vocab.to_vocabulary(ranked_df, ranked, held)
     all_words = Vocabulary({**words.entries, **cross_words.entries})
     return keys_df, ranked_df, all_words, [_sized(info, sizes, all_words) for info in infos]
 

@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 from lc_spark.encoder import Vocabulary, cross_keys, encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features.direct import Tally, is_direct, pieces
+from lc_spark.features.memory import refuse_too_many
 from lc_spark.features.prepare import prepared_column, texts_column
 from lc_spark.field_map import OUT_OF_VOCABULARY, FieldInfo, FieldMap
 from lc_spark.tables import FILE, ROW
@@ -292,9 +293,23 @@ def _with_special_levels(ranked_df: DataFrame, totals_df: DataFrame) -> DataFram
 
 
 def to_vocabulary(
-    ranked_df: DataFrame, infos: Sequence[FieldInfo]
+    ranked_df: DataFrame, infos: Sequence[FieldInfo], held: int = 0, free: int | None = None
 ) -> tuple[Vocabulary, dict[str, int]]:
-    """Collect ranked values into a Vocabulary, and the number of indices of each field."""
-    table = ranked_df.where(F.col("hash").isNotNull()).select("field", "hash", "index").toArrow()
-    vocabulary = Vocabulary.from_arrow(table)
+    """Collect ranked values into a Vocabulary, and the number of indices of each field.
+
+    Raises LcSparkError before anything is collected when the values, and `held` others that there
+    are already, need more than the `free` bytes of memory (by default: this machine's).
+    """
+    values_df = ranked_df.where(F.col("hash").isNotNull())
+    counted = {r["field"]: r["count"] for r in values_df.groupBy("field").count().collect()}
+    refuse_too_many(values_df, counted, held, free)
+    names = sorted(counted)
+    spark = ranked_df.sparkSession
+    # A number in place of the name: a string a row would be more than hash and index together.
+    codes_df = spark.createDataFrame(list(enumerate(names)), "code int, field string")
+    coded_df = values_df.join(F.broadcast(codes_df), "field").select("code", "hash", "index")
+    table = coded_df.toArrow()
+    codes = table["code"].combine_chunks()
+    field = pa.DictionaryArray.from_arrays(codes, pa.array(names, pa.string()))
+    vocabulary = Vocabulary.from_arrow(table.drop_columns(["code"]).append_column("field", field))
     return vocabulary, {i.name: 2 + len(vocabulary.of(i.name)[0]) for i in infos}

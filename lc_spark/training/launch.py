@@ -5,7 +5,7 @@ import datetime
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +23,8 @@ from lc_spark.refresh import Parent
 from lc_spark.systems import System, Training
 from lc_spark.training import lr
 from lc_spark.training.loop import run_rank
+from lc_spark.training.lr_loop import LrSpec, run_lr_rank
+from lc_spark.training.lr_network import Part
 from lc_spark.training.spec import TrainSpec
 
 MOST_TASKS = 10_000  # of a stage that are looked through
@@ -44,18 +46,38 @@ def launch(
 
 def launch_specs(spark: SparkSession, specs: Sequence[TrainSpec]) -> list[dict[str, Any]]:
     """Run specs as launch does."""
-    environment = spark.sparkContext.environment
-    # Between the ranks and the driver stands a process that prints to a pipe: without this the
-    # progress bar would come all at once, at its end.
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment["PYTHONPATH"] = _submitted_files(spark)
     results: list[dict[str, Any]] = []
     # Ranks take longer to start than a small network to train: neighbours share them.
     alike = itertools.groupby(specs, key=lambda s: (s.training["ranks"], s.training["device"]))
     for (ranks, device), group in alike:
-        _check_slots(spark, ranks)
-        results += _run(spark, list(group), ranks, device)
+        together = list(group)
+        names = ", ".join(spec.name for spec in together)
+        fields = [dataclasses.asdict(spec) for spec in together]
+        results += _run(spark, names, run_rank, fields, ranks, device)
     return results
+
+
+def launch_lr(spark: SparkSession, config: Config, parts: Sequence[Part]) -> dict[str, Any]:
+    """Train the LRs of parts, the first of all rows, by training.ranks ranks together.
+
+    Returns lr_loop.run_lr_rank's result; leaves models/<part> and lr_loop.WEIGHTS_FILE in the run's
+    folder. Raises LcSparkError when they cannot be trained or a rank dies.
+    """
+    spec = LrSpec(
+        folder=str(config.run_path),
+        parts=[dataclasses.asdict(part) for part in parts],
+        l2=sorted(config.lr.l2, reverse=True),
+        epochs=config.lr.epochs,
+        batch_size=config.lr.batch_size,
+        learning_rate=config.lr.learning_rate,
+        device=config.training.device,
+        seed=config.seed,
+    )
+    fields, training = dataclasses.asdict(spec), config.training
+    result: dict[str, Any] = _run(spark, "lr", run_lr_rank, fields, training.ranks, training.device)
+    if "error" in result:
+        raise LcSparkError(result["error"])
+    return result
 
 
 def _submitted_files(spark: SparkSession) -> str:
@@ -70,19 +92,30 @@ def _submitted_files(spark: SparkSession) -> str:
 
 
 def _run(
-    spark: SparkSession, specs: list[TrainSpec], ranks: int, device: str
-) -> list[dict[str, Any]]:
-    names = [spec.name for spec in specs]
+    spark: SparkSession,
+    names: str,
+    function: Callable[[Any], Any],
+    argument: Any,
+    ranks: int,
+    device: str,
+) -> Any:
+    """Call a function of lc_spark with an argument on each rank; return what rank 0's returns."""
+    _check_slots(spark, ranks)
+    environment = spark.sparkContext.environment
+    # Between the ranks and the driver stands a process that prints to a pipe: without this the
+    # progress bar would come all at once, at its end.
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONPATH"] = _submitted_files(spark)
     distributor = TorchDistributor(num_processes=ranks, local_mode=False, use_gpu=device == "cuda")
     try:
-        results = distributor.run(run_rank, [dataclasses.asdict(spec) for spec in specs])
+        results = distributor.run(function, argument)
     except (PySparkException, Py4JJavaError, RuntimeError) as error:
         raise LcSparkError(
-            f"Training {', '.join(names)} ended: {_reason(spark, str(error), ranks)} The ranks' "
-            "output is above. Started again, a system goes on from its last whole epoch."
+            f"Training {names} ended: {_reason(spark, str(error), ranks)} The ranks' output is "
+            "above. Started again, a system goes on from its last whole epoch."
         ) from error
     assert results is not None, "rank 0 returns results"
-    return list(results)
+    return results
 
 
 def train_spec(

@@ -24,6 +24,7 @@ from lc_spark.field_map import FieldMap
 from lc_spark.files import AnyPath
 from lc_spark.systems import Training
 from lc_spark.training import models
+from lc_spark.training.lr_network import Part
 
 log = logging.getLogger("lc_spark")
 
@@ -181,6 +182,22 @@ def fit_held_out(
     return {name: metrics.exact_auc(df) for name, df in unseen.items()}
 
 
+def torch_parts(
+    train_df: DataFrame, parts: Mapping[str, Column], manifest: dict[str, Any]
+) -> list[Part]:
+    """Return what the torch loop is told of the LR of all rows, and of those of held-out parts."""
+    counts = train_df.select(F.count("*"), *[F.count_if(seen) for seen in parts.values()]).first()
+    assert counts is not None, "an aggregate has a row"
+    made = [Part("lr", counts[0])]
+    for name, rows in zip(parts, counts[1:], strict=True):
+        _, kind, number = name.split("_")
+        if kind == "fold":
+            made.append(Part(name, rows, fold=int(number)))
+        else:
+            made.append(Part(name, rows, before=first_date(manifest, int(number))))
+    return made
+
+
 def unfit_parts(train_df: DataFrame, parts: dict[str, Column]) -> dict[str, str]:
     """Return why, by name, for each part that lacks a label in its rows or in the rest."""
     checked = [
@@ -216,6 +233,11 @@ def lr_weights_df(
     spark: SparkSession, fit: LrFit, levels_df: DataFrame, field_map: FieldMap
 ) -> DataFrame:
     """Return (field, value, index, count, weight), one row a feature."""
+    return with_levels(weights_df(spark, fit, field_map), levels_df)
+
+
+def weights_df(spark: SparkSession, fit: LrFit, field_map: FieldMap) -> DataFrame:
+    """Return (field, index, weight), one row a feature."""
     lengths = [info.size for info in field_map.fields]
     table = pd.DataFrame(
         {
@@ -224,8 +246,12 @@ def lr_weights_df(
             "weight": fit.weights,
         }
     )
-    weights_df = spark.createDataFrame(table, "field string, index int, weight double")
-    return weights_df.join(levels_df, ["field", "index"], how="left").select(
+    return spark.createDataFrame(table, "field string, index int, weight double")
+
+
+def with_levels(by_index_df: DataFrame, levels_df: DataFrame) -> DataFrame:
+    """Return (field, value, index, count, weight) of (field, index, weight)."""
+    return by_index_df.join(levels_df, ["field", "index"], how="left").select(
         "field", "value", "index", "count", "weight"
     )
 

@@ -1,0 +1,66 @@
+"""Reckons what a vocabulary takes, and refuses one that this machine cannot hold."""
+
+from collections.abc import Mapping
+
+import psutil
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from lc_spark.errors import LcSparkError
+
+# Bytes a value. A vocabulary is a hash (8) and an index (4). Collecting holds them as Spark sends
+# them, with the number of the field (16), sorted (12), and the order (8). A Python worker holds
+# the vocabulary and, while it reads it, what it reads it from.
+COLLECTING, HELD, IN_A_WORKER = 36, 12, 24
+MIN_COUNTS = (3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+NAMED = 3  # fields that the error names
+
+
+def bytes_a_value(tasks: int) -> int:
+    """Return what a value takes, where so many tasks share the driver's machine."""
+    return max(COLLECTING, HELD + IN_A_WORKER * tasks)
+
+
+def refuse_too_many(
+    values_df: DataFrame, counted: Mapping[str, int], held: int, free: int | None
+) -> None:
+    """Raise LcSparkError when a vocabulary does not fit.
+
+    values_df has (field, count), a row a value to be kept; counted is their number by field, held
+    that of values which there are already. free is in bytes, by default this machine's.
+    """
+    context = values_df.sparkSession.sparkContext
+    local = str(context.master).startswith("local")
+    each = bytes_a_value(context.defaultParallelism if local else 0)
+    free = psutil.virtual_memory().available if free is None else free
+    most, values = free // each - held, sum(counted.values())
+    if values <= most:
+        return
+    largest = sorted(counted, key=lambda name: (-counted[name], name))
+    chosen: list[str] = []
+    while values - sum(counted[name] for name in chosen) > most and len(chosen) < len(largest):
+        chosen.append(largest[len(chosen)])
+    rest = values - sum(counted[name] for name in chosen)
+    few = ", ".join(f"'{name}' {counted[name]:,}" for name in largest[: max(NAMED, len(chosen))])
+    advice = [f"{name}: hashed: {_power_of_two(counted[name])}" for name in chosen]
+    min_count = _min_count(values_df, chosen, most - rest)
+    raised = f", or raise min_count there to {min_count}" if min_count else ""
+    raise LcSparkError(
+        f"The vocabulary of {values + held:,} values needs {(values + held) * each / 1e9:,.2f} GB "
+        f"({each} bytes a value in the driver and its tasks), and {free / 1e9:,.2f} GB of this "
+        f"machine's memory are free. The fields with most values: {few}. Set {'; '.join(advice)}"
+        f"{raised}."
+    )
+
+
+def _power_of_two(n: int) -> int:
+    """Return the largest power of two up to n / 2: half the values or more share an index."""
+    return 1 << max((n // 2).bit_length() - 1, 0)
+
+
+def _min_count(values_df: DataFrame, fields: list[str], most: int) -> int | None:
+    """Return the lowest of MIN_COUNTS that leaves the fields no more than so many values."""
+    often = [F.count_if(F.col("count") >= cut) for cut in MIN_COUNTS]
+    row = values_df.where(F.col("field").isin(fields)).agg(*often).first()
+    assert row is not None, "an aggregate has a row"
+    return next((cut for cut, n in zip(MIN_COUNTS, row, strict=True) if n <= most), None)

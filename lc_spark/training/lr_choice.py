@@ -1,0 +1,45 @@
+"""Decides whether MLlib or torch fits LR, by what MLlib would hold on the driver."""
+
+import logging
+
+from lc_spark.errors import LcSparkError
+from lc_spark.systems import Lr
+
+log = logging.getLogger("lc_spark")
+
+# Dense vectors of d doubles that MLlib's L-BFGS holds: the differences of weights and of gradients
+# of 10 corrections, and weights, gradients, directions and the sums that they come from.
+VECTORS = 2 * 10 + 12
+
+
+def mllib_bytes(d: int, tasks: int) -> int:
+    """Return what MLlib's driver holds for LR over d features.
+
+    tasks is the number of tasks that share the driver's memory, each with a gradient: those of a
+    local master, 0 on a cluster.
+    """
+    return 8 * d * (VECTORS + tasks)
+
+
+def chosen(settings: Lr, d: int, tasks: int, driver_bytes: int) -> str:
+    """Return "mllib" or "torch" for d features and a driver with so many bytes of memory.
+
+    Raises LcSparkError when the settings ask for MLlib and it cannot fit.
+    """
+    if settings.by == "torch":
+        return "torch"
+    needed = mllib_bytes(d, tasks)
+    numbers = (
+        f"MLlib's LR over {d:,} features needs {needed / 1e9:,.2f} GB on the driver, which has "
+        f"{driver_bytes / 1e9:,.2f} GB"
+    )
+    if needed <= driver_bytes:
+        if settings.by == "auto":
+            log.info("train_lr: by mllib: %s", numbers)
+        return "mllib"
+    if settings.by == "auto":
+        log.info("train_lr: by torch: %s", numbers)
+        return "torch"
+    raise LcSparkError(
+        f"{numbers}: set lr.by to torch (--set lr.by=torch), or raise spark.driver_memory."
+    )
