@@ -16,6 +16,7 @@ import psutil
 from lc_spark import facts
 from lc_spark.config import Config
 from lc_spark.facts import Facts
+from lc_spark.files import AnyPath
 from lc_spark.paper import Table
 
 SECONDS = 0.5  # between two looks
@@ -71,18 +72,20 @@ def _bytes_of(process: psutil.Process) -> int:
 
 def written_bytes(config: Config, since: float) -> int:
     """Return the bytes of the run's tables, shards and models written since a time (of epoch)."""
-    total = 0
-    for folder in {config.workspace_path, config.run_path}:
-        for name in FOLDERS:
-            path = folder / name
-            if isinstance(path, Path):
-                stats = [found.stat() for found in path.rglob("*") if found.is_file()]
-                total += sum(stat.st_size for stat in stats if stat.st_mtime >= since)
-            elif path.exists():
-                path.fs.invalidate_cache()
-                found = path.fs.find(path.path, detail=True).values()
-                total += sum(int(info["size"]) for info in found if _changed(info) >= since)
-    return total
+    places = {
+        folder / name for folder in (config.workspace_path, config.run_path) for name in FOLDERS
+    }
+    return sum(folder_bytes(place, since) for place in places)
+
+
+def folder_bytes(folder: AnyPath, since: float = 0.0) -> int:
+    """Return the bytes of the files under a folder that were written since a time (of epoch)."""
+    if isinstance(folder, Path):
+        stats = [found.stat() for found in folder.rglob("*") if found.is_file()]
+        return sum(stat.st_size for stat in stats if stat.st_mtime >= since)
+    folder.fs.invalidate_cache()
+    found = folder.fs.find(folder.path, detail=True).values()
+    return sum(int(info["size"]) for info in found if _changed(info) >= since)
 
 
 def _changed(info: dict[str, Any]) -> float:
