@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-RARE = 20  # values seen at most so often are modelled
+RARE = 10  # values seen at most so often are modelled
 RATES = 80  # of the grid, evenly spaced by their logarithms
 EXPONENTS = np.arange(-1.0, 3.01, 0.125)
-LEAST_ROWS = 0.001  # of all rows: values that are rarer do not show in the sample
+LEAST_ROWS = 0.01  # of all rows: values that are rarer do not show in the sample
 
 Floats = NDArray[np.float64]
 

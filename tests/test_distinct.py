@@ -32,16 +32,18 @@ def test_values_that_are_all_frequent_are_all_there_are() -> None:
     assert often_enough(np.array([100, 300, 250]), 20.0, 5).value == pytest.approx(3)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize(("share", "off"), [(0.01, 0.4), (0.03, 0.2), (0.1, 0.1)])
 @pytest.mark.parametrize("min_count", [1, 2, 5])
 @pytest.mark.parametrize("size", [20_000, 200_000])
-def test_ids_by_zipfs_law_are_estimated_closely(size: int, min_count: int, share: float) -> None:
+def test_ids_by_zipfs_law_are_estimated_closely(
+    size: int, min_count: int, share: float, off: float
+) -> None:
     values = zipf(size, 0.75)
     truth = (counts_of(values) >= min_count).sum()
     sample = np.random.default_rng(4).choice(values, int(share * ROWS), replace=False)
     found = often_enough(counts_of(sample), 1 / share, min_count)
     assert found.low <= found.value <= found.high
-    assert found.value == pytest.approx(truth, rel=0.2 if share < 0.1 else 0.1)
+    assert found.value == pytest.approx(truth, rel=off)
 
 
 def test_a_value_seen_often_is_not_certain_when_much_more_is_asked() -> None:

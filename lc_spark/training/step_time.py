@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lc_spark.field_map import FieldMap
+from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.parameters import BYTES
 from lc_spark.systems import SystemKind, Training
 from lc_spark.training import models
 from lc_spark.training.learner import Learner
@@ -17,7 +18,6 @@ from lc_spark.training.world import joined
 
 STEPS = 5  # timed, after one that is not
 TABLE_BYTES = 500_000_000  # larger tables are timed at this size: a step reads few of their rows
-CHANNEL_BYTES = 12  # a weight and its two moments
 STARTED = "import lc_spark.training.loop, psutil; print(psutil.Process().memory_info().rss)"
 
 
@@ -36,17 +36,16 @@ def step_time(system: SystemKind, settings: Training, field_map: FieldMap, cores
     other is not in it.
     """
     width = settings.hidden[0] if system == "dnn" else settings.channels + 1
-    shrink = max(1.0, field_map.d * width * CHANNEL_BYTES / TABLE_BYTES)
+    shrink = max(1.0, field_map.d * width * BYTES / TABLE_BYTES)
     sizes = [max(2, int(info.size / shrink)) for info in field_map.fields]
     small = FieldMap(
         tuple(
-            type(info)(info.name, info.kind, size, max_values=info.max_values)
+            FieldInfo(info.name, info.kind, size, max_values=info.max_values)
             for info, size in zip(field_map.fields, sizes, strict=True)
         )
     )
     batch = _random_batch(small, settings.batch_size)
     with joined(settings.device) as world:
-        threads = torch.get_num_threads()
         torch.set_num_threads(max(1, cores // settings.ranks))
         model = models.build(system, small, settings)
         if _m1_stands_still(settings) and isinstance(model, models.LcNetwork):
@@ -62,7 +61,6 @@ def step_time(system: SystemKind, settings: Training, field_map: FieldMap, cores
             learner.logits(batch).sum().item()
             training.append(trained - started)
             scoring.append(time.perf_counter() - trained)
-        torch.set_num_threads(threads)
     return StepTime(float(np.median(training[1:])), float(np.median(scoring[1:])))
 
 
