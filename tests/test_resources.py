@@ -99,7 +99,7 @@ def test_the_report_lists_the_stages_that_noted_what_they_took() -> None:
     new = {"seconds": 4.0, "rows_worked": 1000, "rows_per_second": 250.0}
     new |= {"peak_bytes": 1_500_000_000, "written_bytes": 2_500_000}
     table = resources.table({"ingest": old, "features": new})
-    assert table.rows == [
+    assert table.rows[:1] == [
         {
             "stage": "features",
             "seconds": 4.0,
@@ -109,3 +109,13 @@ def test_the_report_lists_the_stages_that_noted_what_they_took() -> None:
             "peak": 1.5,
         }
     ]
+    assert resources.table({"ingest": old}).rows == []
+
+
+def test_the_last_line_adds_up_seconds_and_bytes_and_has_the_highest_peak() -> None:
+    made = {"seconds": 4.0, "peak_bytes": 1_500_000_000, "written_bytes": 2_500_000}
+    more = {"seconds": 6.0, "peak_bytes": 900_000_000, "written_bytes": 500_000}
+    last = resources.table({"ingest": made, "features": more}).rows[-1]
+    assert (last["stage"], last["seconds"]) == ("together", 10.0)
+    assert (last["written"], last["peak"]) == (3.0, 1.5)
+    assert last["rows"] is last["rows_per_second"] is None
