@@ -109,6 +109,12 @@ def sentence(plan: Plan) -> str:
 def remarks(plan: Plan) -> list[str]:
     """Return what the plan leaves out for this config."""
     said = []
+    rejected, allowed = sum(plan.trial.rejected.values()), plan.config.source.max_rejected
+    if rejected > allowed * plan.trial.source_rows:
+        said.append(
+            f"Ingest would end: {rejected:,} of {plan.trial.source_rows:,} rows would be rejected, "
+            f"more than source.max_rejected = {allowed}."
+        )
     if plan.config.features.crosses == "auto":
         said.append(
             f"The crosses that 'features.crosses: auto' adds ({plan.config.features.number} at "
