@@ -85,6 +85,7 @@ def really(spark: SparkSession, config: Config, planned: Plan) -> tuple[dict[str
     return made, read_field_map(config)
 
 
+@pytest.mark.slow
 def test_rows_are_those_that_ingest_and_features_make(
     planned: Plan, really: tuple[dict[str, Any], FieldMap], config: Config
 ) -> None:
@@ -102,6 +103,7 @@ def read_rows(config: Config) -> dict[str, int]:
     return {split: int(part["rows"]) for split, part in splits.items()}
 
 
+@pytest.mark.slow
 def test_d_is_close_to_what_features_makes(
     planned: Plan, really: tuple[dict[str, Any], FieldMap]
 ) -> None:
@@ -111,9 +113,10 @@ def test_d_is_close_to_what_features_makes(
         guess = planned.field_map[info.name]
         assert guess.kind == info.kind
         known = info.kind in ("bucketed", "continuous") or info.hashed is not None
-        assert guess.size == (info.size if known else pytest.approx(info.size, rel=0.15))
+        assert guess.size == (info.size if known else pytest.approx(info.size, rel=0.25))
 
 
+@pytest.mark.slow
 def test_from_all_rows_every_size_is_exact(
     spark: SparkSession, config: Config, really: tuple[dict[str, Any], FieldMap]
 ) -> None:
@@ -126,24 +129,28 @@ def test_from_all_rows_every_size_is_exact(
     assert found.d_between() == (field_map.d, field_map.d)
 
 
+@pytest.mark.slow
 def test_a_hashed_map_has_the_same_sizes_and_needs_no_vocabulary(planned: Plan) -> None:
     hashed = hashed_map(planned.field_map)
     assert [info.size for info in hashed.fields] == [i.size for i in planned.field_map.fields]
     assert not any(info.has_vocabulary for info in hashed.fields)
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_a_run_with_that_d(planned: Plan, config: Config) -> None:
     for system in config.systems:
         count = parameter_count(system.system, planned.field_map.d, 8, [8, 4])
         assert planned.parameters(system) == count
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_nothing_in_the_workspace(planned: Plan) -> None:
     workspace = planned.config.workspace_path
     assert isinstance(workspace, Path)
     assert not (workspace / "plan").exists()
 
 
+@pytest.mark.slow
 def test_the_tables_say_from_how_many_rows_d_is_estimated(planned: Plan) -> None:
     output = io.StringIO()
     console = Console(width=120, file=output)
