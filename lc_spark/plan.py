@@ -15,6 +15,7 @@ import psutil
 
 from lc_spark.config import Config
 from lc_spark.features.vectors import MAX_FEATURES
+from lc_spark.features.vocabulary import CHUNK_CELLS
 from lc_spark.field_map import FieldMap
 from lc_spark.parameters import ParameterCount, copies_bytes, parameter_count
 from lc_spark.systems import System
@@ -30,7 +31,10 @@ JVM_BYTES = 600_000_000
 LBFGS_VECTORS = 26
 TASK_VECTORS = 3
 DOUBLE = 8
-HEAP_SHARE = 0.6  # of the JVM's heap that data may take; the rest is for Spark itself and rows
+HEAP_SHARE = 0.6  # of the JVM's heap that data may take: spark.memory.fraction
+ROW_COPIES = 2  # as vectors, and in the blocks that MLlib makes of them
+ROW_BYTES, ENTRY_BYTES = 100, 12  # of a sparse vector, and of an index and value in it
+CELL_BYTES = 16  # of a value that a worker counts, as text
 VOCABULARY_BYTES = 12  # an entry: int64 hash, int32 index
 CHECKPOINT = 3  # copies of the weights in a file: themselves and two moments
 
@@ -87,11 +91,20 @@ class Plan:
         vectors = LBFGS_VECTORS + TASK_VECTORS * self.machine.cores
         return int(self.field_map.d * DOUBLE * vectors / HEAP_SHARE)
 
+    @property
+    def lr_rows(self) -> int:
+        """The memory that the train rows of LR take where they all are kept in it."""
+        columns = sum(info.max_values for info in self.field_map.fields)
+        row = ROW_BYTES + ENTRY_BYTES * columns
+        return ROW_COPIES * row * self.trial.split_rows["train"]
+
     def memory(self) -> dict[str, dict[str, int]]:
         """Return bytes by stage and by who holds them."""
         entries = sum(info.size for info in self.field_map.fields if info.has_vocabulary)
         cores, jvm = self.machine.cores, self.heap + JVM_BYTES
-        worker = PYTHON_BYTES + 2 * VOCABULARY_BYTES * entries  # as it came and as it is used
+        cells = len(self.field_map.fields) * self.trial.split_rows["train"] // cores
+        worker = PYTHON_BYTES + CELL_BYTES * min(CHUNK_CELLS, cells)
+        worker += 2 * VOCABULARY_BYTES * entries  # as it came and as it is used
         driver = PYTHON_BYTES + 8 * VOCABULARY_BYTES * entries  # collected with its fields' names
         ranks = [
             self.config.training_of(s).ranks * (self.machine.rank_bytes + self.rank_bytes(s))

@@ -6,7 +6,7 @@ import rich.table
 from rich import box
 from rich.text import Text
 
-from lc_spark.plan import GB, Plan
+from lc_spark.plan import GB, HEAP_SHARE, Plan
 
 LARGEST = 10  # fields that are shown
 
@@ -120,6 +120,12 @@ def remarks(plan: Plan) -> list[str]:
             f"The crosses that 'features.crosses: auto' adds ({plan.config.features.number} at "
             "most) are in no number here, nor is their search "
             f"({plan.config.features.seconds} s at most)."
+        )
+    room = HEAP_SHARE * (plan.heap - plan.lr_heap)
+    if plan.lr_rows > room > 0:
+        said.append(
+            f"LR's train rows take {plan.lr_rows / GB:,.1f} GB, spark.driver_memory leaves "
+            f"{room / GB:,.1f} GB for them: the rest is read from disk in every pass."
         )
     if not (plan.config.spark.master or "local").startswith("local"):
         said.append("The memory of executors on other machines is not looked at.")
