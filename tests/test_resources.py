@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
 from lc_spark import facts, resources
 from lc_spark.config import Config
@@ -119,3 +120,15 @@ def test_the_last_line_adds_up_seconds_and_bytes_and_has_the_highest_peak() -> N
     assert (last["stage"], last["seconds"]) == ("together", 10.0)
     assert (last["written"], last["peak"]) == (3.0, 1.5)
     assert last["rows"] is last["rows_per_second"] is None
+
+
+def test_a_folder_behind_a_uri_is_counted_as_a_local_one(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"x" * 1_000)
+    os.utime(tmp_path / "old", (1e9, 1e9))
+    (tmp_path / "new").write_bytes(b"x" * 7)
+    behind = UPath(f"local://{tmp_path}")
+    assert not isinstance(behind, Path)
+    for folder in (tmp_path, behind):
+        assert resources.folder_bytes(folder) == 1_007
+        assert resources.folder_bytes(folder, time.time() - 100) == 7
+        assert resources.folder_bytes(folder / "none") == 0
