@@ -143,8 +143,8 @@ def _time_stages(
     n_part = part_df.count()
     # The first time Spark compiles and starts Python workers, as it will in the run.
     cold = _features_seconds(part_df, there)
-    features = _line(_features_seconds(part_df, there), n_part, _features_seconds(raw_df, there), n)
-    features = Line(features.fixed + cold - features.at(n_part), features.a_row)
+    warm = _line(_features_seconds(part_df, there), n_part, _features_seconds(raw_df, there), n)
+    features = Line(max(0.0, cold - warm.a_row * n_part), warm.a_row)
     part_df.unpersist()
     planned = hashed_map(fields.field_map)
     write_shards(raw_df, planned, Vocabulary({}), there, 0)
