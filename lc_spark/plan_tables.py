@@ -75,7 +75,7 @@ def _stages(plan: Plan) -> rich.table.Table:
     table = _table(
         "What each stage will take, at most",
         ("stage", "about seconds", "memory, GB", "disk, GB"),
-        f"Seconds by what was measured here on {plan.trial.sample_rows:,} rows: LR with all of "
+        f"Seconds by what was measured here on {plan.trial.timed_rows:,} rows: LR with all of "
         "lr.max_iterations, networks with all epochs. Memory of one machine that runs everything.",
     )
     for stage, parts in memory.items():

@@ -23,7 +23,8 @@ from lc_spark.training import lr
 
 SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000  # rows times fields
-PART = 0.25  # of the sample: what is timed on it and on all of it tells seconds from seconds a row
+TIMED_ROWS = 50_000  # of the sample, that stages are timed on
+PART = 0.25  # of those: the time for a part and for all tells seconds from seconds a row
 LR_PASSES = 3
 
 
@@ -46,7 +47,6 @@ class Trial:
     source_rows: int
     rejected: dict[str, int]
     split_rows: dict[str, int]
-    sample_rows: int  # of all splits
     fields: PlannedFields
     count_seconds: float  # of a pass over the source that reads what label, split and rejects need
     read_seconds: float  # of a pass that reads all columns
@@ -55,6 +55,7 @@ class Trial:
     vectors: Line  # by train rows
     lr_pass: Line  # one pass of L-BFGS, by train rows
     bytes_a_row: dict[str, float]  # of raw, shards, vectors
+    timed_rows: int
 
 
 def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROWS) -> Trial:
@@ -94,12 +95,12 @@ def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROW
         read_seconds = time.perf_counter() - started
         train_df = sample_df.where(F.col("split") == "train")
         fields = plan_fields(train_df, config.fields, split_rows["train"])
-        measured = _time_stages(spark, there, sample_df.drop("split"), n_sample, fields)
+        share = min(1.0, TIMED_ROWS / n_sample)
+        timed_df = sample_df.drop("split").sample(share, config.seed)
+        measured = _time_stages(spark, there, timed_df, fields)
         sample_df.unpersist()
     n_source = good_rows + sum(rejected.values())
-    return Trial(
-        n_source, rejected, split_rows, n_sample, fields, count_seconds, read_seconds, *measured
-    )
+    return Trial(n_source, rejected, split_rows, fields, count_seconds, read_seconds, *measured)
 
 
 def _marked(spark: SparkSession, config: Config) -> DataFrame:
@@ -127,18 +128,20 @@ def _workspace(config: Config) -> Iterator[Config]:
 
 
 def _time_stages(
-    spark: SparkSession, there: Config, sample_df: DataFrame, n: int, fields: PlannedFields
-) -> tuple[Line, Line, Line, Line, dict[str, float]]:
-    """Time what the stages do on a part of the sample and on all of it, in a workspace of its own.
+    spark: SparkSession, there: Config, timed_df: DataFrame, fields: PlannedFields
+) -> tuple[Line, Line, Line, Line, dict[str, float], int]:
+    """Time what the stages do on a part of the rows and on all, in a workspace of its own.
 
     LR is timed on rows that are hashed to features of the planned number: the cost of a pass has
     a part that grows with d.
     """
     raw = files.uri(there.workspace_path / "sample")
     started = time.perf_counter()
-    sample_df.write.parquet(raw)
-    write = Line(0.0, (time.perf_counter() - started) / n)
+    timed_df.write.parquet(raw)
+    seconds = time.perf_counter() - started
     raw_df = spark.read.parquet(raw)
+    n = raw_df.count()
+    write = Line(0.0, seconds / n)
     part_df = raw_df.sample(PART, there.seed).persist(StorageLevel.DISK_ONLY)
     n_part = part_df.count()
     # The first time Spark compiles and starts Python workers, as it will in the run.
@@ -166,7 +169,7 @@ def _time_stages(
         fit, _ = lr.fit_lr(df, few, max(there.lr.l2))
         times.append((fit.seconds / (fit.iterations + 1), n_fit))
         df.unpersist()
-    return write, features, vectors, _line(*times[0], *times[1]), sizes
+    return write, features, vectors, _line(*times[0], *times[1]), sizes, n
 
 
 def _features_seconds(raw_df: DataFrame, there: Config) -> float:

@@ -79,7 +79,7 @@ def planned(spark: SparkSession, config: Config) -> Plan:
 @pytest.fixture(scope="module")
 def really(spark: SparkSession, config: Config, planned: Plan) -> tuple[dict[str, Any], FieldMap]:
     """What ingest and features make of the same rows: the facts of ingest, the field map."""
-    assert planned.trial.sample_rows < ROWS / 3
+    assert planned.trial.timed_rows < ROWS / 3
     made = pipeline.run_stage("ingest", spark, config)
     pipeline.run_stage("features", spark, config)
     return made, read_field_map(config)
@@ -234,7 +234,6 @@ def made_plan(
         source_rows=20_000,
         rejected={},
         split_rows={"train": 10_000, "valid": 4_000, "test": 6_000},
-        sample_rows=2_000,
         fields=fields,
         count_seconds=1.0,
         read_seconds=2.0,
@@ -243,6 +242,7 @@ def made_plan(
         vectors=line,
         lr_pass=line,
         bytes_a_row={"raw": 100.0, "shards": 50.0, "vectors": 200.0},
+        timed_rows=2_000,
     )
     steps = {system.name: StepTime(0.1, 0.01) for system in config.systems}
     return Plan(config, field_map, counted, steps, Machine(2, int(memory), int(disk), 5.0, 10**8))
