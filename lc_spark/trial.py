@@ -121,6 +121,7 @@ def _marked(spark: SparkSession, config: Config) -> DataFrame:
 def _workspace(config: Config) -> Iterator[Config]:
     """Give the config with a folder of the workspace for its own, and remove it."""
     folder = f"{config.workspace}/plan"
+    files.remove(files.as_path(folder))  # of a plan that was killed
     try:
         yield config.model_copy(update={"workspace": folder})
     finally:
