@@ -108,6 +108,24 @@ def experiment(
 
 
 @app.command()
+def plan(config: ConfigPath, overrides: Overrides = None, date: Day = None) -> None:
+    """Say before a run what there will be and what it takes: features, memory, disk, seconds."""
+    from lc_spark import plan as plans
+    from lc_spark import plan_tables, session, trial
+
+    settings = config_file.load(config, overrides).for_day(date and date.date())
+    spark = session.start(settings)
+    measured = trial.run_trial(spark, settings)
+    cores = spark.sparkContext.defaultParallelism
+    spark.stop()
+    planned = plans.of_trial(settings, measured, cores)
+    for table in plan_tables.all_tables(planned):
+        wide_console.print(table)
+    for line in (*plan_tables.remarks(planned), plan_tables.sentence(planned)):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+@app.command()
 def init(
     table: Annotated[str, typer.Argument(help="file or folder of raw rows")],
     label: Annotated[str, typer.Option(help="the column to predict, of two values")],

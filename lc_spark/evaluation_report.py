@@ -7,7 +7,7 @@ from typing import Any
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import paper, report, tables
+from lc_spark import paper, report, resources, tables
 from lc_spark.config import Config
 from lc_spark.facts import Facts
 from lc_spark.features.shards import read_manifest
@@ -72,7 +72,6 @@ def base_content(
         lr_loss=done["train_lr"]["loss_history"],
         top_fields=[{**row.asDict(), "kind": field_map[row["field"]].kind} for row in fields],
         top_values=top_values,
-        stage_seconds={name: noted["seconds"] for name, noted in done.items()},
     )
 
 
@@ -120,6 +119,7 @@ def run_content(
             paper.table_1(config.name, field_map, read_manifest(config)),
             paper.table_3(field_map, systems),
             *crosses_table(done),
+            resources.table(done),
         ],
         roc={one.system.name: (*one.roc, one.metrics.auc) for one in evaluated},
         calibration={

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pyspark.sql import SparkSession
 
-from lc_spark import bootstrap, facts, figures, paper, report
+from lc_spark import bootstrap, facts, figures, paper, report, resources
 from lc_spark.comparison import (
     Line,
     Outcome,
@@ -58,6 +58,7 @@ def content(
         _table_4(lines, best),
         _leak_table(done["train_lr"], lr_test.auc),
         *crosses_table(done),
+        resources.table(done),
         *([_failed_table(outcomes)] if any(o.error for o in outcomes) else []),
     ]
     drawn = [

@@ -40,7 +40,7 @@ def ingest(
     """
     rows.check_date(config, date, "ingest")
     raw_types = {} if date is None else rows.raw_types(spark, config)
-    checked_df = _checked(read_source(spark, config, date, first), config, date, raw_types, first)
+    checked_df = checked(read_source(spark, config, date, first), config, date, raw_types, first)
     condition = None if date is None else tables.date_condition("date", date, first)
     counts, few_files = _counts(checked_df)
     source_rows, good_rows = sum(counts.values()), counts.pop(None, 0)
@@ -73,7 +73,7 @@ def ingest(
     return Ingested(source_rows, raw_rows, rejected, version)
 
 
-def _checked(
+def checked(
     source_df: DataFrame,
     config: Config,
     date: datetime.date | None,

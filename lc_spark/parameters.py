@@ -63,5 +63,13 @@ def parameter_count(
     return ParameterCount(weights, others)
 
 
+def copies_bytes(folds: int, d: int, m1: str) -> int:
+    """Return what copies of M1 take in a rank: float64 as read, then float32, moments if joint.
+
+    folds is the number of held-out LRs that M1 starts from.
+    """
+    return folds * d * (8 + (BYTES if m1 == "joint" else 4))
+
+
 def _products(sizes: Sequence[int]) -> int:
     return sum(a * b for a, b in itertools.pairwise(sizes))

@@ -8,7 +8,7 @@ import time
 
 from pyspark.sql import SparkSession
 
-from lc_spark import facts, files, tracking
+from lc_spark import facts, files, resources, tracking
 from lc_spark.config import Config
 from lc_spark.facts import Facts
 from lc_spark.stages import STAGES
@@ -19,7 +19,7 @@ RUN_STAGES = ("ingest", "features", "train_lr", "train_lc", "evaluate", "gate", 
 
 
 def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None = None) -> Facts:
-    """Run one stage, note its facts and seconds in ``stages/<name>.json``, and return them.
+    """Run one stage, note its facts and what it took in ``stages/<name>.json``, and return them.
 
     parent is the MLflow run that the stage's run goes under: by default that of the pipeline.
     """
@@ -29,18 +29,23 @@ def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None
     # Spark's pages tell whose job it was. Not by setJobGroup: its description would take the place
     # of the line of code that a query comes from.
     spark.sparkContext.setLocalProperty("spark.jobGroup.id", name)
-    started = time.perf_counter()
+    began, started = time.time(), time.perf_counter()
     try:
-        made = STAGES[name](spark, config, under)
+        with resources.watched() as peak:
+            made = STAGES[name](spark, config, under)
     except BaseException:
         tracking.end_run(config, under, "FAILED")
         raise
     made["seconds"] = round(time.perf_counter() - started, 1)
+    made |= resources.noted(config, name, made, peak, began)
     made["settings"] = facts.settings_digest(config, name)
+    # The systems of train_lc have runs of their own: what they took together is the pipeline's.
+    run = tracking.append_to(tracking.uri_of(config), made.get("run_id", under))
+    run.log_metrics(resources.metrics(made))
     facts.write(config, name, made)
     if name in (RUN_STAGES[-1], "score"):  # scoring may begin a run of its own: it is its last
         tracking.end_run(config, under, "FINISHED")
-    log.info("%s: %s (%.0f s)", name, made.pop("summary"), made["seconds"])
+    log.info("%s: %s (%s)", name, made.pop("summary"), resources.text(made))
     return made
 
 

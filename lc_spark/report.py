@@ -80,7 +80,6 @@ class ReportContent:
     further_figures: list[tuple[str, Figure]] = field(default_factory=list)
     wide_figures: tuple[str, ...] = ()  # those that take the width of the page
     data: dict[str, Any] = field(default_factory=dict)
-    stage_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def winner(results: Sequence[Mapping[str, Any]]) -> str:

@@ -86,7 +86,6 @@ def make_content(**changes: Any) -> ReportContent:
             {"field": "carrier_x_origin", "kind": "crossed", "features": 38, "importance": 0.402},
         ],
         "top_values": [{"field": "dest", "value": "TUL", "count": 294, "weight": 0.913}],
-        "stage_seconds": {"ingest": 12.3, "features": 31.0, "train_lc": 84.6},
     }
     return ReportContent(**{**content, **changes})
 

@@ -7,7 +7,7 @@ import torch
 
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldMap
-from lc_spark.parameters import BYTES, ParameterCount, parameter_count
+from lc_spark.parameters import ParameterCount, copies_bytes, parameter_count
 from lc_spark.systems import SystemKind, Training
 from lc_spark.training.world import World
 
@@ -25,7 +25,7 @@ def check_memory(
     folds is the number of held-out LRs that M1 starts from. Collective. The ranks of a host share
     its memory; a GPU has its own.
     """
-    needed = count.training_bytes + _copies_bytes(settings, field_map.d, folds)
+    needed = count.training_bytes + copies_bytes(folds, field_map.d, settings.m1)
     if world.device.type == "cuda":
         gc.collect()  # what the network before held
         torch.cuda.empty_cache()
@@ -46,11 +46,6 @@ def check_memory(
         f"{_gb(lc_dnn.training_bytes)}. Take that, or fewer features, ranks or units in "
         "training.hidden."
     )
-
-
-def _copies_bytes(settings: Training, d: int, folds: int) -> int:
-    """Return what the copies of M1 take: float64 as read, then float32, trained with moments."""
-    return folds * d * (8 + (BYTES if settings.m1 == "joint" else 4))
 
 
 def _gb(n_bytes: int) -> str:

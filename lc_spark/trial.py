@@ -1,0 +1,188 @@
+"""Counts the rows of the source, draws a sample of them, and times the stages' own work on it."""
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from lc_spark import files, ingest, resources, rows, tables
+from lc_spark.config import Config
+from lc_spark.encoder import Vocabulary
+from lc_spark.errors import LcSparkError
+from lc_spark.features.fit import fit_features
+from lc_spark.features.shards import write_shards
+from lc_spark.features.sizes import PlannedFields, hashed_map, plan_fields
+from lc_spark.features.vectors import shard_vectors
+from lc_spark.sources import read_source
+from lc_spark.training import lr
+
+SAMPLE_ROWS = 200_000
+SAMPLE_CELLS = 20_000_000  # rows times fields
+TIMED_ROWS = 50_000  # of the sample, that stages are timed on
+PART = 0.25  # of those: the time for a part and for all tells seconds from seconds a row
+LR_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a piece of work as a line over rows."""
+
+    fixed: float
+    a_row: float
+
+    def at(self, n_rows: float) -> float:
+        """Return the seconds for so many rows."""
+        return self.fixed + self.a_row * n_rows
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was counted exactly (rows), estimated (fields) and measured on the sample."""
+
+    source_rows: int
+    rejected: dict[str, int]
+    split_rows: dict[str, int]
+    fields: PlannedFields
+    count_seconds: float  # of a pass over the source that reads what label, split and rejects need
+    read_seconds: float  # of a pass that reads all columns
+    write: Line  # raw, by rows of all splits
+    features: Line
+    vectors: Line  # by train rows
+    lr_pass: Line  # one pass of L-BFGS, by train rows
+    bytes_a_row: dict[str, float]  # of raw, shards, vectors
+    timed_rows: int
+
+
+def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROWS) -> Trial:
+    """Count, sample and time; leaves nothing in the workspace.
+
+    Raises LcSparkError in the words of ingest where the source cannot be read or lacks a column,
+    and when a split has no rows.
+    """
+    if config.split.by == "window":
+        ingest.run_day(config)
+    started = time.perf_counter()
+    marked_df = _marked(spark, config)
+    counted = marked_df.groupBy("__reason", "split").count().collect()
+    count_seconds = time.perf_counter() - started
+    rejected: dict[str, int] = {}
+    split_rows = dict.fromkeys(("train", "valid", "test"), 0)
+    for row in counted:
+        if row["__reason"] is None:
+            split_rows[row["split"]] += row["count"]
+        else:
+            rejected[row["__reason"]] = rejected.get(row["__reason"], 0) + row["count"]
+    good_rows = sum(split_rows.values())
+    if good_rows == 0:
+        raise LcSparkError(
+            f"The source has no usable rows (for this date): {sum(rejected.values())} rejected."
+        )
+    for split, n in split_rows.items():
+        if n == 0:
+            raise LcSparkError(f"The {split} split has no rows: check 'split' in the config.")
+    share = min(sample_rows, SAMPLE_CELLS // len(config.fields)) / good_rows
+    good_df = marked_df.where(F.col("__reason").isNull()).drop("__reason")
+    sample_df = good_df if share >= 1 else good_df.sample(share, config.seed)
+    with _workspace(config) as there:
+        sample_df = sample_df.persist(StorageLevel.DISK_ONLY)
+        started = time.perf_counter()
+        n_sample = sample_df.count()
+        read_seconds = time.perf_counter() - started
+        train_df = sample_df.where(F.col("split") == "train")
+        fields = plan_fields(train_df, config.fields, split_rows["train"])
+        share = min(1.0, TIMED_ROWS / n_sample)
+        timed_df = sample_df.drop("split").sample(share, config.seed)
+        measured = _time_stages(spark, there, timed_df, fields)
+        sample_df.unpersist()
+    n_source = good_rows + sum(rejected.values())
+    return Trial(n_source, rejected, split_rows, fields, count_seconds, read_seconds, *measured)
+
+
+def _marked(spark: SparkSession, config: Config) -> DataFrame:
+    """Return the rows that a run would ingest, as ``raw`` has them, with __reason and split."""
+    day, first = config.day, None
+    if config.split.by == "window":
+        first = ingest.run_day(config) - datetime.timedelta(days=config.split.days - 1)
+    rows.check_date(config, day, "plan")
+    types = {} if day is None else rows.raw_types(spark, config)
+    source_df = read_source(spark, config, day, first)
+    checked_df = ingest.checked(source_df, config, day, types, first)
+    label = F.col("__label").cast("float").alias("label")
+    raw_df = rows.like_raw_df(checked_df, label).drop("__label")
+    return raw_df.withColumn("split", ingest.split_column(config))
+
+
+@contextlib.contextmanager
+def _workspace(config: Config) -> Iterator[Config]:
+    """Give the config with a folder of the workspace for its own, and remove it."""
+    folder = f"{config.workspace}/plan"
+    files.remove(files.as_path(folder))  # of a plan that was killed
+    try:
+        yield config.model_copy(update={"workspace": folder})
+    finally:
+        files.remove(files.as_path(folder))
+
+
+def _time_stages(
+    spark: SparkSession, there: Config, timed_df: DataFrame, fields: PlannedFields
+) -> tuple[Line, Line, Line, Line, dict[str, float], int]:
+    """Time what the stages do on a part of the rows and on all, in a workspace of its own.
+
+    LR is timed on rows that are hashed to features of the planned number: the cost of a pass has
+    a part that grows with d.
+    """
+    raw = files.uri(there.workspace_path / "sample")
+    started = time.perf_counter()
+    timed_df.write.parquet(raw)
+    seconds = time.perf_counter() - started
+    raw_df = spark.read.parquet(raw)
+    n = raw_df.count()
+    write = Line(0.0, seconds / n)
+    part_df = raw_df.sample(PART, there.seed).persist(StorageLevel.DISK_ONLY)
+    n_part = part_df.count()
+    # The first time Spark compiles and starts Python workers, as it will in the run.
+    cold = _features_seconds(part_df, there)
+    warm = _line(_features_seconds(part_df, there), n_part, _features_seconds(raw_df, there), n)
+    features = Line(max(0.0, cold - warm.a_row * n_part), warm.a_row)
+    part_df.unpersist()
+    planned = hashed_map(fields.field_map)
+    write_shards(raw_df, planned, Vocabulary({}), there, 0)
+    folder = there.run_path / "vectors"
+    started = time.perf_counter()
+    train_df = shard_vectors(spark, there, planned, "train", files.uri(folder))
+    n_train = train_df.count()
+    vectors = Line(0.0, (time.perf_counter() - started) / n_train)
+    sizes = {
+        "raw": resources.folder_bytes(there.workspace_path / "sample") / n,
+        "shards": resources.folder_bytes(there.run_path / "shards") / n,
+        "vectors": resources.folder_bytes(folder) / n_train,
+    }
+    few = there.model_copy(update={"lr": there.lr.model_copy(update={"max_iterations": LR_PASSES})})
+    times = []
+    for df in (train_df.sample(PART, there.seed), train_df):
+        df = df.persist(StorageLevel.MEMORY_AND_DISK)
+        n_fit = df.count()
+        fit, _ = lr.fit_lr(df, few, max(there.lr.l2))
+        times.append((fit.seconds / (fit.iterations + 1), n_fit))
+        df.unpersist()
+    return write, features, vectors, _line(*times[0], *times[1]), sizes, n
+
+
+def _features_seconds(raw_df: DataFrame, there: Config) -> float:
+    started = time.perf_counter()
+    train_df = raw_df.where(ingest.split_column(there) == "train")
+    fitted = fit_features(train_df, there.fields, there.seed)
+    tables.write(fitted.levels_df, there, "vocabulary", ("field",))
+    write_shards(raw_df, fitted.field_map, fitted.vocabulary, there, 0)
+    return time.perf_counter() - started
+
+
+def _line(seconds: float, n: int, more_seconds: float, more: int) -> Line:
+    """Return the line through two measurements; a machine that was busy gives no negative slope."""
+    slope = max(0.0, more_seconds - seconds) / max(1, more - n)
+    return Line(max(0.0, more_seconds - slope * more), slope)
