@@ -18,7 +18,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from lc_spark import files
-from lc_spark.synthetic import FIRST_DAY, bounded, intercept, sigmoid, together
+from lc_spark.made_logits import bounded, intercept, sigmoid, together
+from lc_spark.synthetic import FIRST_DAY
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

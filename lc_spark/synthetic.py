@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lc_spark.made_logits import bounded, intercept, sigmoid, together
+
 Random = np.random.Generator
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -35,10 +37,6 @@ WHAT = {"item_id": 0.4, "category": 0.35, "brand": 0.3, "seller": 0.2}
 WHERE = {"hour": 0.2, "weekday": 0.1, "device": 0.25, "placement": 0.45}
 # Standard deviations of the effects of pairs of values.
 PAIRS = {("segment", "category"): 0.7, ("hour", "device"): 0.5, ("country", "brand"): 0.6}
-# Weights of the product and of the absolute value, and what the sum saturates at.
-PRODUCT = 1.3
-ABSOLUTE = 1.2
-BOUND = 4.0
 
 FAVOURITES = 4  # categories that a user looks at
 LAUNCHED_LATER = 0.4  # share of the items that come after the first day
@@ -255,38 +253,9 @@ def _probability(
     return np.round(sigmoid(logit + intercept(logit, RATE)), 6)
 
 
-def together(who: Floats, what: Floats, where: Floats) -> Floats:
-    """Return the three sums added up, with a product and an absolute value of them."""
-    logit: Floats = who + what + where + PRODUCT * who * what + ABSOLUTE * np.abs(who + where)
-    return logit
-
-
-def bounded(logit: Floats) -> Floats:
-    """Return logits that saturate at +-BOUND."""
-    saturated: Floats = BOUND * np.tanh(logit / BOUND)
-    return saturated
-
-
 def _sum(effects: dict[str, Floats], names: dict[str, float]) -> Floats:
     total: Floats = np.sum([effects[name] for name in names], axis=0)
     return total
-
-
-def sigmoid(logit: Floats) -> Floats:
-    """Return 1 / (1 + exp(-logit))."""
-    return 1 / (1 + np.exp(-logit))
-
-
-def intercept(logit: Floats, rate: float) -> float:
-    """Return b with mean sigmoid(logit + b) = rate, by bisection."""
-    low, high = -20.0, 20.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if sigmoid(logit + middle).mean() > rate:
-            high = middle
-        else:
-            low = middle
-    return low
 
 
 def _texts(log: Random, codes: Codes) -> dict[str, npt.NDArray[np.object_]]:

@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary, cross_keys, encode
 from lc_spark.errors import LcSparkError
+from lc_spark.features.counts import Counts
 from lc_spark.features.direct import Tally, is_direct, pieces
 from lc_spark.features.memory import refuse_too_many
 from lc_spark.features.prepare import prepared_column, texts_column
@@ -22,7 +23,6 @@ from lc_spark.tables import FILE, ROW
 
 CHUNK_CELLS = 20_000_000  # values counted at once in a Python worker: a few hundred MB
 HELD_COUNTS = 10_000_000  # distinct values that a worker adds up before it passes them on
-MOST_RECORDS = 1_000_000  # of a batch on its way to the JVM
 Batches = Iterable[pa.RecordBatch]
 
 
@@ -44,7 +44,7 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
     columns += [F.col(FILE), F.col(ROW)] if directly else []
 
     def counted(batches: Batches) -> Batches:
-        held, tally = _Held(), Tally(directly)
+        held, tally = Counts(), Tally(directly)
         for piece in pieces(batches, directly):
             for info in others:
                 values = piece.batch.column(info.name)
@@ -67,45 +67,6 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
         .coalesce(n_tasks)
         .mapInArrow(counted, "field string, value string, count long")
     )
-
-
-class _Held:
-    """Counts of values by field, added up from time to time."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, list[pa.Table]] = {}
-        self.merged: dict[str, int] = {}  # distinct values when they were last added up
-
-    @property
-    def size(self) -> int:
-        return sum(part.num_rows for parts in self.parts.values() for part in parts)
-
-    def add(self, name: str, values: pa.Array, counts: pa.Array) -> None:
-        """Add counts [n] of values [n]."""
-        parts = self.parts.setdefault(name, [])
-        parts.append(pa.table([values, counts], ["value", "count"]))
-        if sum(part.num_rows for part in parts) > 2 * self.merged.get(name, 0):
-            self.parts[name] = [_added_up(parts)]
-            self.merged[name] = self.parts[name][0].num_rows
-
-    def give(self) -> Batches:
-        """Yield all counts as (field, value, count), and hold none."""
-        for name, parts in self.parts.items():
-            for batch in _added_up(parts).to_batches(MOST_RECORDS):
-                field = pa.repeat(name, batch.num_rows)
-                arrays = [field, batch.column("value"), batch.column("count")]
-                yield pa.RecordBatch.from_arrays(arrays, names=["field", "value", "count"])
-        self.parts, self.merged = {}, {}
-
-
-def _added_up(parts: Sequence[pa.Table]) -> pa.Table:
-    if len(parts) == 1:
-        return parts[0].combine_chunks()
-    # One chunk: a batch then has as many rows as asked for.
-    summed = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
-    return summed.rename_columns(
-        ["count" if name == "count_sum" else name for name in summed.column_names]
-    ).combine_chunks()
 
 
 def _flat_or_missing(lists: pa.Array) -> pa.Array:
