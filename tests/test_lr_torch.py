@@ -78,7 +78,7 @@ def spec_of(folder: Path, **settings: Any) -> LrSpec:
         "l2": [1e-1, 1e-2],
         "epochs": 2,
         "batch_size": 50,
-        "learning_rate": 0.1,
+        "learning_rate": 1.0,
         "device": "cpu",
         "seed": 7,
     }
@@ -126,8 +126,8 @@ def test_every_lr_comes_near_the_optimum_of_its_own_rows(
         least = objective(best, x[seen], y[seen], result["l2"])
         found = objective(weights_of(folder, name), x[seen], y[seen], result["l2"])
         started = objective(np.zeros(FIELD_MAP.d + 1), x[seen], y[seen], result["l2"])
-        assert started - least > 0.1, "there is something to find"
-        assert least - 1e-6 < found < least + 1e-3, name
+        assert started - least > 0.05, "there is something to find"
+        assert least - 1e-6 < found < least + 5e-4, name
 
 
 def test_valid_losses_and_aucs_are_those_of_scikit_learn(
@@ -138,7 +138,7 @@ def test_valid_losses_and_aucs_are_those_of_scikit_learn(
     x_valid, y_valid = matrix_of(config, FIELD_MAP, "valid")
     for l2, loss in result["valid_losses"]:
         theirs = scikit_learn_lr(x, y, l2)
-        assert loss == pytest.approx(log_loss(y_valid, theirs.predict_proba(x_valid)), abs=2e-3)
+        assert loss == pytest.approx(log_loss(y_valid, theirs.predict_proba(x_valid)), abs=1e-3)
     losses = dict(result["valid_losses"])
     assert result["l2"] == min(losses, key=lambda l2: losses[l2])
     # The numbers are of the weights that are stored, to the last digits.
@@ -211,7 +211,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, make_config: ConfigMaker)
         folder = tmp_path / str(size)
         write_log(folder)
         config = make_config({"workspace": str(folder)})
-        spec = spec_of(folder, l2=[1e-2], epochs=15, batch_size=100 // size)
+        spec = spec_of(folder, l2=[1e-2], epochs=10, batch_size=100 // size)
         result, output = run_ranks(spec, size, RANK)
         assert "lr: 5 LRs over 79 features at once" in output
         x, y = matrix_of(config, FIELD_MAP, "train")
@@ -220,7 +220,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path, make_config: ConfigMaker)
             for name, seen in seen_by(folder).items()
         }
         auc[size] = result["aucs"]
-    assert found[2] == pytest.approx(found[1], abs=1e-3)
+    assert found[2] == pytest.approx(found[1], abs=5e-4)
     assert auc[2] == pytest.approx(auc[1], abs=2e-3)
 
 
