@@ -104,3 +104,11 @@ def check_memory(driver_memory: str) -> None:
             f"spark.driver_memory is {driver_memory}, but this machine has {present} MiB: set it "
             f"to {int(present * 0.6)}m or less (--set spark.driver_memory=...)."
         )
+
+
+def heap_and_tasks(spark: SparkSession) -> tuple[int, int]:
+    """Return the bytes that the driver's Java may take, and how many tasks run in it at a time."""
+    context = spark.sparkContext
+    assert context._jvm is not None, "a session is active"
+    heap = int(context._jvm.java.lang.Runtime.getRuntime().maxMemory())
+    return heap, context.defaultParallelism if str(context.master).startswith("local") else 0

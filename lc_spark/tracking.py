@@ -168,16 +168,24 @@ def end_run(config: Config, run_id: str, status: str) -> None:
     client_of(uri_of(config)).set_terminated(run_id, status)
 
 
+def fail_run(config: Config, run_id: str) -> None:
+    """End a run as FAILED while an error is on its way, which MLflow's own must not hide."""
+    try:
+        end_run(config, run_id, "FAILED")
+    except (MlflowException, SQLAlchemyError, LcSparkError) as error:
+        log.warning("MLflow run %s stays open: %s", run_id, str(error).splitlines()[0])
+
+
 @contextlib.contextmanager
 def stage(config: Config, parent_run_id: str, name: str) -> Iterator[StageRun]:
     """Open a child run for one stage; it ends as FAILED when the block raises."""
     run = start_child(config, parent_run_id, name)
-    status = "FAILED"
     try:
         yield run
-        status = "FINISHED"
-    finally:
-        end_run(config, run.run_id, status)
+    except BaseException:
+        fail_run(config, run.run_id)
+        raise
+    end_run(config, run.run_id, "FINISHED")
 
 
 def start_child(config: Config, parent_run_id: str, name: str) -> StageRun:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pyspark import StorageLevel
 from pyspark.sql import SparkSession
 
-from lc_spark import figures, files, metrics, refresh, tables, tracking
+from lc_spark import figures, files, metrics, refresh, session, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import history
@@ -16,6 +16,7 @@ from lc_spark.features.shards import read_field_map, read_manifest
 from lc_spark.features.vectors import shard_vectors
 from lc_spark.field_map import FieldMap
 from lc_spark.training import launch, lr
+from lc_spark.training.memory import check_lr_memory
 
 log = logging.getLogger("lc_spark")
 
@@ -23,6 +24,7 @@ log = logging.getLogger("lc_spark")
 def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Train shards -> models/lr, Delta lr_weights; and the LRs that a start holds rows out of."""
     field_map = read_field_map(config)
+    check_lr_memory(field_map.d, *session.heap_and_tasks(spark))
     manifest = read_manifest(config)
     parts = lr.held_out_parts(config, manifest)
     for split in ("train", "valid"):

@@ -1,6 +1,7 @@
-"""Refuses a network that the machine cannot hold, before anything of it is allocated."""
+"""Refuses a model that the machine cannot hold, before anything of it is allocated."""
 
 import gc
+import math
 
 import psutil
 import torch
@@ -10,6 +11,27 @@ from lc_spark.field_map import FieldMap
 from lc_spark.parameters import BYTES, ParameterCount, parameter_count
 from lc_spark.systems import SystemKind, Training
 from lc_spark.training.world import World
+
+# Dense vectors of d doubles that MLlib's L-BFGS holds on the driver: ten pairs of corrections, and
+# weights, gradients, directions and the columns' statistics.
+LBFGS_VECTORS = 32
+
+
+def check_lr_memory(d: int, heap: int, tasks: int) -> None:
+    """Raise LcSparkError when MLlib's L-BFGS over d features cannot fit the driver's heap (bytes).
+
+    tasks is the number of those that run in the driver's JVM at a time, each with a dense gradient
+    of its own: 0 on a cluster.
+    """
+    needed = 8 * d * (LBFGS_VECTORS + tasks)
+    if needed > heap:
+        raise LcSparkError(
+            f"LR over {d:,} features takes at least {_gb(needed)} of Java's memory on the driver "
+            f"({LBFGS_VECTORS + tasks} vectors of doubles), and spark.driver_memory gives it "
+            f"{_gb(heap)}. Set it to {math.ceil(needed * 1.25 / 2**30)}g or more (--set "
+            "spark.driver_memory=..., or --driver-memory of spark-submit), or make fewer features "
+            "(min_count, hashed)."
+        )
 
 
 def check_memory(

@@ -1,0 +1,590 @@
+"""Bad input, a full disk, too little memory: the right result, or one sentence and nothing half."""
+
+import datetime
+import os
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ConfigMaker
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+from pyspark.testing import assertDataFrameEqual
+from safetensors.torch import load_file
+from training_data import FIELD_MAP, make_spec
+from training_data import write_shards as write_made_up
+
+from lc_spark import config_file, facts, failures, pipeline, session, tables
+from lc_spark.config import Config
+from lc_spark.errors import LcSparkError
+from lc_spark.facts import Facts
+from lc_spark.features.shards import part_files, read_field_map, read_manifest
+from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.training import models
+from lc_spark.training.loop import train
+from lc_spark.training.memory import LBFGS_VECTORS, check_lr_memory
+from lc_spark.training.spec import finished
+
+FEATURES = ("ingest", "features")
+LR = (*FEATURES, "train_lr")
+N = 2_000
+LABELS = [int(i % 5 < 2) for i in range(N)]
+
+
+def categorical(name: str, **settings: Any) -> dict[str, Any]:
+    return {"name": name, "kind": "categorical", **settings}
+
+
+class Case:
+    """A workspace, a folder of source files, and the stages as `lc-spark run` runs them."""
+
+    def __init__(
+        self, spark: SparkSession, make_config: ConfigMaker, folder: Path, runs: str
+    ) -> None:
+        self.spark, self.make_config, self.folder, self.runs = spark, make_config, folder, runs
+
+    def write(self, **columns: Any) -> Path:
+        """Write one more Parquet file of the source; without a label those of LABELS."""
+        source = self.folder / "source"
+        source.mkdir(exist_ok=True)
+        path = source / f"{len(list(source.iterdir()))}.parquet"
+        n = len(next(iter(columns.values())))
+        pq.write_table(pa.table({"label": LABELS[:n], **columns}), path)
+        return path
+
+    def config(self, fields: list[dict[str, Any]], **settings: Any) -> Config:
+        source = {"path": str(self.folder / "source"), **settings.pop("source", {})}
+        own = {
+            "workspace": str(self.folder / "workspace"),
+            "fields": fields,
+            "tracking": {"uri": self.runs},
+            "lr": {"l2": 1e-2, "max_iterations": 3},
+        }
+        return self.make_config({**own, "source": source, **settings})
+
+    def run(self, config: Config, *stages: str) -> dict[str, Facts]:
+        return {name: pipeline.run_stage(name, self.spark, config) for name in stages}
+
+    def refused(self, config: Config, stage: str) -> str:
+        """Return the one sentence that a stage ends in, which must leave no facts of it."""
+        with pytest.raises(LcSparkError) as caught:
+            pipeline.run_stage(stage, self.spark, config)
+        said = str(caught.value)
+        assert "\n" not in said, "one paragraph, no stack trace"
+        assert not facts.exists(config, stage)
+        return said
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The MLflow store that all workspaces here share: a new one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('runs') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def case(spark: SparkSession, make_config: ConfigMaker, tmp_path: Path, runs: str) -> Case:
+    return Case(spark, make_config, tmp_path, runs)
+
+
+def rows_by_split(config: Config) -> dict[str, list[int]]:
+    """Return the rows of every part file, as they lie on the disk."""
+    folder = config.workspace_path / "shards"
+    return {
+        split: [pq.ParquetFile(path).metadata.num_rows for path in part_files(folder, split)]
+        for split in ("train", "valid", "test")
+    }
+
+
+def train_values(case: Case, config: Config, column: str) -> Counter[Any]:
+    """Return how often each value occurs in the train rows of ``raw``: by their ids."""
+    folder = config.workspace_path / "shards"
+    ids = [pq.ParquetFile(p).read(["row_id"])["row_id"] for p in part_files(folder, "train")]
+    raw = tables.read(case.spark, config, "raw").select("row_id", column).toPandas()
+    kept = raw[raw["row_id"].isin(pa.chunked_array(ids).to_numpy())]
+    return Counter(kept[column].tolist())
+
+
+# A disk that fills up
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a small file system is needed, and mount says: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Leave so many bytes free, rounded up to whole pages."""
+    (disk / "ballast").unlink(missing_ok=True)
+    with (disk / "ballast").open("wb") as file:
+        file.write(bytes(max(shutil.disk_usage(disk).free - leave, 0)))
+
+
+def make_room(disk: Path) -> None:
+    (disk / "ballast").unlink()
+
+
+def random_words(n: int, length: int = 48) -> list[str]:
+    """Return words that no codec makes smaller than half."""
+    random = np.random.default_rng(0)
+    return [random.bytes(length).hex() for _ in range(n)]
+
+
+def test_raw_that_finds_no_room_is_not_there_and_the_same_command_makes_it(
+    case: Case, disk: Path
+) -> None:
+    n = 20_000
+    case.write(user=random_words(n), site=["a", "b"] * (n // 2), label=[0, 1] * (n // 2))
+    config = case.config([categorical("site")], workspace=str(disk / "workspace"))
+    fill(disk, 1_000_000)
+    said = case.refused(config, "ingest")
+    assert said.startswith("The stage 'ingest' ended early. No space is left on the disk of ")
+    assert f"{disk}/workspace/tables/raw. Free on this machine now: " in said
+    assert f"the workspace {disk}/workspace 0.0" in said
+    assert "of 0.04 GB" in said
+    assert "give the same command again" in said
+    assert not tables.exists(case.spark, config, "raw")
+    make_room(disk)
+    made = case.run(config, "ingest")["ingest"]
+    assert (made["source_rows"], made["raw_rows"], made["rejected"]) == (n, n, {})
+    raw_df = tables.read(case.spark, config, "raw")
+    source_df = case.spark.read.parquet(str(case.folder / "source"))
+    assert raw_df.select("user", "site").exceptAll(source_df.select("user", "site")).isEmpty()
+
+
+def test_a_table_stays_as_it_was_wherever_the_disk_fills_up(case: Case, disk: Path) -> None:
+    config = case.config([categorical("site")], workspace=str(disk / "workspace"))
+    before_df = case.spark.range(5).toDF("row_id")
+    after_df = case.spark.range(500, 4_000, 1, 1).toDF("row_id")
+    assert tables.write(before_df, config, "raw") == 0
+    said: list[str] = []
+    for leave in range(0, 400_000, 4_096):  # the data, its checksum, the commit, its checksum
+        fill(disk, leave)
+        try:
+            with failures.told(case.spark, "The test", config.workspace_path):
+                tables.write(after_df, config, "raw")
+            break
+        except LcSparkError as error:
+            said.append(str(error))
+            assertDataFrameEqual(tables.read(case.spark, config, "raw"), before_df)
+    assert len(said) > 2
+    assert all("No space is left on the disk of" in sentence for sentence in said)
+    assertDataFrameEqual(tables.read(case.spark, config, "raw"), after_df)
+    make_room(disk)
+    version = tables.version(case.spark, config, "raw")
+    assert tables.write(before_df, config, "raw") == version + 1
+    assertDataFrameEqual(tables.read(case.spark, config, "raw"), before_df)
+
+
+def test_a_network_that_finds_no_room_goes_on_to_the_same_weights(
+    case: Case, disk: Path, tmp_path: Path
+) -> None:
+    sizes = {"train": (400, 400), "valid": (200,)}
+    settings: dict[str, Any] = {"hidden": [256, 64], "epochs": 2}
+    for folder in (tmp_path / "undisturbed", disk):
+        folder.mkdir(exist_ok=True)
+        write_made_up(folder, FIELD_MAP, sizes)
+    undisturbed = make_spec(tmp_path / "undisturbed", **settings)
+    train(undisturbed)
+    spec = make_spec(disk, **settings)
+    model = Path(spec.output)
+    # Full at the first note, in the first model, in the first checkpoint, in the second.
+    for leave in (0, 60_000, 200_000, 500_000):
+        fill(disk, leave)
+        with (
+            pytest.raises(LcSparkError, match=r"No space is left on the disk of the workspace"),
+            failures.told(case.spark, "The training", disk),
+        ):
+            train(spec)
+        assert finished(spec) is None
+        if (model / models.DESCRIPTION_FILE).exists():
+            models.load(model)
+        make_room(disk)
+    train(spec)
+    weights = [load_file(Path(each.output) / models.MODEL_FILE) for each in (undisturbed, spec)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert sorted(p.name for p in model.iterdir()) == [
+        "model.json",
+        "model.safetensors",
+        "result.json",
+    ]
+
+
+@pytest.mark.slow
+def test_every_stage_can_find_the_disk_full_and_be_run_again(case: Case, disk: Path) -> None:
+    n = 20_000
+    labels = np.random.default_rng(1).integers(0, 2, n)
+    sites = [f"s{i % 500}" for i in range(n)]
+    case.write(user=random_words(n), site=sites, label=labels)
+    fields = [categorical("site"), categorical("user", min_count=1)]
+    disturbed = case.config(fields, workspace=str(disk / "workspace"))
+    undisturbed = case.config(fields)
+    places = {
+        "ingest": "tables/raw",
+        "features": "shards",
+        "train_lr": "vectors/",
+        "train_lc": "",
+    }
+    for stage, leave in (
+        ("ingest", 1_000_000),
+        ("features", 1_000_000),
+        ("train_lr", 200_000),
+        ("train_lc", 100_000),
+    ):
+        fill(disk, leave)
+        said = case.refused(disturbed, stage)
+        assert "No space is left on the disk of" in said
+        assert str(disk / "workspace" / places[stage]) in said
+        if stage == "features":
+            assert not (disk / "workspace" / "shards" / "manifest.json").exists()
+            with pytest.raises(LcSparkError, match="run the stage 'features' first"):
+                read_manifest(disturbed)
+        make_room(disk)
+        case.run(disturbed, stage)
+    case.run(undisturbed, *places)
+    for stage in ("ingest", "features"):
+        facts_of = [facts.read(config, stage) for config in (disturbed, undisturbed)]
+        for name in ("raw_rows", "shard_rows", "features", "fingerprint"):
+            assert facts_of[0].get(name) == facts_of[1].get(name)
+    for name in ("lr", "lc_dnn"):
+        file = Path("models", name, "model.safetensors")
+        kept = [load_file(Path(c.workspace, file)) for c in (disturbed, undisturbed)]
+        for tensor in kept[0]:
+            np.testing.assert_allclose(kept[0][tensor], kept[1][tensor], rtol=1e-6, atol=1e-9)
+
+
+# Memory
+
+
+def test_lr_that_cannot_fit_the_heap_is_refused_before_it_starts(case: Case) -> None:
+    heap, tasks = session.heap_and_tasks(case.spark)
+    assert (heap, tasks) == (2 * 2**30, 2)
+    most = heap // (8 * (LBFGS_VECTORS + tasks))
+    check_lr_memory(most, heap, tasks)
+    with pytest.raises(LcSparkError):
+        check_lr_memory(most + 1, heap, tasks)
+    case.write(site=["a", "b"] * (N // 2))
+    config = case.config([categorical("site", hashed=9_000_000)])
+    case.run(config, "ingest")
+    field_map = FieldMap((FieldInfo("site", "categorical", 9_000_001, hashed=9_000_000),))
+    field_map.write(config.workspace_path / "field_map.json")
+    manifest = config.workspace_path / "shards" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text(f'{{"fingerprint": "{field_map.fingerprint}"}}', encoding="utf-8")
+    said = case.refused(config, "train_lr")
+    assert said.startswith("LR over 9,000,001 features takes at least 2.45 GB of Java's memory")
+    assert "spark.driver_memory gives it 2.15 GB. Set it to 3g or more" in said
+
+
+def killed_at_work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield from batches
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def greedy(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    yield from batches
+    np.ones(2**60, np.int8)
+
+
+@pytest.mark.parametrize("work", [killed_at_work, greedy])
+def test_a_python_worker_without_memory_is_told_with_the_setting(case: Case, work: Any) -> None:
+    with (
+        pytest.raises(LcSparkError, match="A Python process was killed") as caught,
+        failures.told(case.spark, "The stage 'features'", None),
+    ):
+        case.spark.range(10).mapInArrow(work, "id long").collect()
+    said = str(caught.value)
+    assert said.startswith("The stage 'features' ended early. ")
+    assert "spark.driver_memory, which is 2g. Lower that" in said
+
+
+def test_what_is_no_failure_of_the_machine_is_left_as_it_came(case: Case) -> None:
+    told = failures.told(case.spark, "The stage 'features'", None)
+    with pytest.raises(ZeroDivisionError), told:
+        1 / 0  # noqa: B018
+    sentence = "Field 'site' reads column 'site', which the table lacks."
+    with pytest.raises(LcSparkError) as caught, failures.told(case.spark, "x", None):
+        raise LcSparkError(sentence)
+    assert str(caught.value) == sentence
+
+
+# Values and ids that are not evenly spread
+
+
+def test_a_hot_value_and_values_seen_once_come_out_exactly(case: Case) -> None:
+    random = np.random.default_rng(3)
+    sites = np.where(random.random(N) < 0.9, "hot", [f"v{i}" for i in range(N)])
+    case.write(site=sites, id=np.arange(N))
+    cross = {"kind": "crossed", "of": ["site", "id"], "min_count": 1}
+    fields = [categorical("site", min_count=1), categorical("id"), cross]
+    config = case.config(fields, source={"row_id": ["id"]}, shards={"rows_per_group": 100})
+    made = case.run(config, *LR)
+    train_rows = made["features"]["shard_rows"]["train"]
+    assert sum(made["features"]["shard_rows"].values()) == N
+    sites_seen = train_values(case, config, "site")
+    assert sites_seen["hot"] > 0.85 * train_rows
+    # No id occurs twice: all are rare, and the cross sees the sites alone.
+    sizes = {info.name: info.size for info in read_field_map(config).fields}
+    expected = 2 + len(sites_seen)
+    assert sizes == {"site": expected, "id": 2, "site_x_id": expected}
+    assert made["features"]["features"] == 2 * expected + 2
+    levels_df = tables.read(case.spark, config, "vocabulary").where("field = 'site'")
+    counts = {row["value"]: row["count"] for row in levels_df.collect()}
+    assert counts == {**sites_seen, "(missing)": 0, "(other)": 0}
+    for split, parts in rows_by_split(config).items():
+        assert sum(parts) == made["features"]["shard_rows"][split]
+        assert max(parts) - min(parts) <= 1, "a hot value makes no large part"
+
+
+def test_rows_of_one_id_cannot_be_split_and_that_is_said(case: Case) -> None:
+    case.write(site=["a", "b"] * (N // 2), id=[1] * N)
+    config = case.config([categorical("site")], source={"row_id": ["id"]})
+    case.run(config, "ingest")
+    said = case.refused(config, "features")
+    assert "split has no rows" in said
+    assert "source.row_id" in said
+
+
+def test_ids_that_repeat_heavily_stay_together(case: Case) -> None:
+    case.write(site=[f"s{i % 3}" for i in range(N)], id=np.arange(N) // 20)
+    config = case.config([categorical("site")], source={"row_id": ["id"]})
+    made = case.run(config, *LR)
+    assert sum(made["features"]["shard_rows"].values()) == N
+    folder = config.workspace_path / "shards"
+    parts = [path for split in ("train", "valid", "test") for path in part_files(folder, split)]
+    ids = [set(pq.ParquetFile(p).read(["row_id"])["row_id"].to_pylist()) for p in parts]
+    assert sum(len(found) for found in ids) == len(set().union(*ids)) == N // 20
+    assert read_field_map(config).d == 2 + 3
+
+
+def test_as_many_values_as_rows_and_their_crosses(case: Case) -> None:
+    case.write(a=[f"a{i}" for i in range(N)], b=[f"b{i}" for i in range(N)])
+    fields = [
+        categorical("a", min_count=1),
+        categorical("b", min_count=2),
+        categorical("c", column="b", min_count=1),
+        {"kind": "crossed", "of": ["a", "c"], "min_count": 1},
+        {"kind": "crossed", "name": "rare", "of": ["a", "c"], "min_count": 2},
+    ]
+    config = case.config(fields)
+    made = case.run(config, *LR)
+    n = made["features"]["shard_rows"]["train"]
+    sizes = {info.name: info.size for info in read_field_map(config).fields}
+    assert sizes == {"a": n + 2, "b": 2, "c": n + 2, "a_x_c": n + 2, "rare": 2}
+    weights_df = tables.read(case.spark, config, "lr_weights")
+    assert weights_df.count() == made["features"]["features"] == 3 * n + 10
+    # What no train row has: every valid row is out of vocabulary in every field.
+    valid = pq.ParquetFile(part_files(config.workspace_path / "shards", "valid")[0]).read()
+    for name in sizes:
+        assert set(valid[name].to_pylist()) == {1}
+
+
+# Few rows, or none
+
+
+def test_files_without_rows_change_nothing(case: Case) -> None:
+    words = ["a", "b"] * (N // 2)
+    ids = pa.array(range(N), pa.int64())
+    none = {"site": pa.array([], pa.string()), "id": ids[:0], "label": pa.array([], pa.int64())}
+    case.write(**none)
+    case.write(site=words, id=ids)
+    alone = case.run(case.config([categorical("site")], source={"row_id": ["id"]}), *FEATURES)
+    for _ in range(4):
+        case.write(**none)
+    config = case.config([categorical("site")], source={"row_id": ["id"]})
+    again = case.run(config, *FEATURES)
+    assert again["ingest"]["raw_rows"] == N
+    for name in ("shard_rows", "features", "fingerprint"):
+        assert again["features"][name] == alone["features"][name]
+
+
+def test_a_filter_that_empties_most_partitions(case: Case) -> None:
+    for _ in range(6):
+        case.write(site=["a", "b"] * (N // 2), id=np.arange(N))
+    source = {"row_id": ["id"], "reject": {"old": "id >= 20"}, "max_rejected": 0.995}
+    config = case.config([categorical("site")], source=source)
+    made = case.run(config, *FEATURES)
+    assert made["ingest"]["source_rows"] == 6 * N
+    assert made["ingest"]["rejected"] == {"old": 6 * (N - 20)}
+    assert made["ingest"]["raw_rows"] == 120 == sum(made["features"]["shard_rows"].values())
+    manifest = read_manifest(config)
+    for split, parts in rows_by_split(config).items():
+        assert manifest["splits"][split]["row_groups"] == parts
+        assert len(parts) == 2, "one a rank"
+
+
+def test_a_table_without_rows_is_refused(case: Case) -> None:
+    case.write(site=pa.array([], pa.string()), label=pa.array([], pa.int64()))
+    config = case.config([categorical("site")])
+    assert case.refused(config, "ingest") == (
+        "The source has no rows (for this date): nothing was changed in 'raw'."
+    )
+    assert not tables.exists(case.spark, config, "raw")
+
+
+def test_a_day_without_rows_leaves_the_other_days(case: Case) -> None:
+    day = datetime.date(2024, 4, 1)
+    case.write(site=["a", "b"] * (N // 2), day=[day] * N)
+    config = case.config([categorical("site")], source={"date": "day"})
+    case.run(config.for_day(day), "ingest")
+    before = tables.version(case.spark, config, "raw")
+    said = case.refused(config.for_day(day + datetime.timedelta(days=1)), "ingest")
+    assert said.startswith("The source has no rows (for this date)")
+    assert tables.version(case.spark, config, "raw") == before
+    assert tables.read(case.spark, config, "raw").where(F.col("date") == day).count() == N
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_splits_with_hardly_a_row_are_refused_with_their_numbers(case: Case, n: int) -> None:
+    case.write(site=["a", "b", "a"][:n])
+    config = case.config([categorical("site")])
+    case.run(config, "ingest")
+    said = case.refused(config, "features")
+    assert "split has" in said
+    assert not (config.workspace_path / "shards" / "manifest.json").exists()
+
+
+# Values that say nothing, or too much
+
+
+def test_columns_of_nulls_and_constants_are_fields_that_say_nothing(case: Case) -> None:
+    nulls = pa.nulls(N, pa.string())
+    numbers = pa.nulls(N, pa.float64())
+    case.write(site=["a", "b"] * (N // 2), empty=nulls, none=numbers, same=[3.5] * N)
+    fields = [
+        categorical("site"),
+        categorical("empty"),
+        {"name": "none", "kind": "continuous"},
+        {"name": "none_cut", "column": "none", "kind": "bucketed"},
+        {"name": "same", "kind": "continuous"},
+        {"name": "same_cut", "column": "same", "kind": "bucketed"},
+        {"kind": "crossed", "of": ["empty", "none_cut"]},
+    ]
+    config = case.config(fields)
+    made = case.run(config, *LR)
+    sizes = {info.name: info.size for info in read_field_map(config).fields}
+    assert sizes == {
+        "site": 4,
+        "empty": 2,
+        "none": 2,
+        "none_cut": 2,
+        "same": 2,
+        "same_cut": 2,
+        "empty_x_none_cut": 2,
+    }
+    part = pq.ParquetFile(part_files(config.workspace_path / "shards", "train")[0]).read()
+    assert set(part["empty"].to_pylist()) == set(part["none_cut"].to_pylist()) == {0}
+    assert set(part["empty_x_none_cut"].to_pylist()) == {0}
+    assert np.isnan(part["none"].to_numpy()).all()
+    assert set(part["same"].to_pylist()) == {0.0}
+    assert set(part["same_cut"].to_pylist()) == {1}
+    weights = tables.read(case.spark, config, "lr_weights").toPandas()
+    assert len(weights) == made["features"]["features"] == 16
+    assert np.isfinite(weights["weight"]).all()
+
+
+def test_texts_of_100_kb_are_values_like_others(case: Case) -> None:
+    n = 400
+    texts = [f"{i % 20:02d}" * 50_000 for i in range(n)]
+    case.write(page=texts)
+    config = case.config([categorical("page")])
+    made = case.run(config, *FEATURES)
+    seen = train_values(case, config, "page")
+    kept = sum(count >= 2 for count in seen.values())
+    assert made["ingest"]["raw_rows"] == n
+    assert read_field_map(config).d == 2 + kept
+    levels = tables.read(case.spark, config, "vocabulary").where("index > 1").toPandas()
+    assert set(levels["value"]) == {text for text, count in seen.items() if count >= 2}
+
+
+# Files that cannot be read
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def scrambled(path: Path) -> None:
+    """Turn over the bits of the pages, and leave the footer."""
+    content = bytearray(path.read_bytes())
+    half = slice(30, len(content) // 2)
+    content[half] = bytes(byte ^ 0x5A for byte in content[half])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_off, emptied, scrambled])
+@pytest.mark.parametrize("of_files", [1, 2])
+def test_a_damaged_file_is_named(case: Case, damage: Any, of_files: int) -> None:
+    paths = [case.write(site=random_words(N)) for _ in range(of_files)]
+    damage(paths[-1])
+    config = case.config([categorical("site")])
+    said = case.refused(config, "ingest")
+    assert str(paths[-1]) in said
+    assert "damaged" in said
+    assert not tables.exists(case.spark, config, "raw")
+
+
+def test_a_file_whose_column_is_of_another_type_is_named(case: Case) -> None:
+    case.write(site=["a", "b"] * (N // 2), n=np.arange(N))
+    other = case.write(site=["a", "b"] * (N // 2), n=[str(i) for i in range(N)])
+    config = case.config([categorical("site"), categorical("n")])
+    said = case.refused(config, "ingest")
+    assert str(other.parent) in said
+    assert "types" in said
+
+
+TWICE = """\
+name: test
+workspace: there
+source: {path: there}
+label: label
+split: {by: hash}
+fields:
+- {name: site, kind: categorical}
+systems: [lr]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("systems: [lr]", "systems: [lr]\nname: other", "line 9: the key 'name' .* after line 1"),
+        ("kind: cat", "name: page, kind: cat", "line 7: the key 'name' .* after line 7"),
+        ("{by: hash}", "\n  by: hash\n  by: date", "line 7: the key 'by' .* after line 6"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_lines(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(TWICE, encoding="utf-8")
+    assert config_file.load(path).name == "test"
+    path.write_text(TWICE.replace(old, new), encoding="utf-8")
+    with pytest.raises(LcSparkError, match=said):
+        config_file.load(path)
+
+
+def test_a_section_that_is_used_twice_by_an_anchor_is_no_double_key(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    text = TWICE.replace("- {name: site", "- &site {name: site")
+    path.write_text(text.replace("systems", "- {<<: *site, name: page}\nsystems"), encoding="utf-8")
+    assert [field.name for field in config_file.load(path).fields] == ["site", "page"]
