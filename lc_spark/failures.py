@@ -104,12 +104,12 @@ def _full_disk(words: str, settings: Settings, workspace: AnyPath | None) -> str
         (name, shutil.disk_usage(folder)) for name, folder in folders.items() if folder.exists()
     ]
     to = re.search(WRITING_TO, words)
-    if to:
-        full = to[1]
-    elif re.search(SPILLING, words):
+    if re.search(SPILLING, words):
         full = f"spark.local.dir {spills}"
+    elif to:
+        full = to[1]
     else:
-        full = min(present, key=lambda pair: pair[1].free)[0]
+        full = min(present, key=lambda pair: pair[1].free, default=("the workspace",))[0]
     free = ", ".join(
         f"{name} {use.free / 1e9:,.2f} of {use.total / 1e9:,.2f} GB" for name, use in present
     )

@@ -32,6 +32,13 @@ SETTINGS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.ui.showConsoleProgress": "true",
 }
+# Spark's classes that log a task's failure with its stack trace on the way to the driver.
+REPEATING = (
+    "executor.Executor",
+    "util.Utils",
+    "sql.delta.files.DeltaFileFormatWriter",
+    "sql.execution.datasources.FileFormatWriter",
+)
 
 
 def start(config: Config) -> SparkSession:
@@ -70,10 +77,19 @@ def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
             "('spark.jars': paths, 'spark.jars.packages': '')."
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
+    _quieten(spark)
     logging.getLogger("py4j").setLevel(logging.WARNING)
     # It writes a page of JSON before each error that ends in one of our sentences.
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     return spark
+
+
+def _quieten(spark: SparkSession) -> None:
+    """Take the stack traces of failed tasks out of the log: the error itself brings them."""
+    assert spark._jvm is not None, "a session is active"
+    log4j = spark._jvm.org.apache.logging.log4j
+    for name in REPEATING:
+        log4j.core.config.Configurator.setLevel(f"org.apache.spark.{name}", log4j.Level.OFF)
 
 
 def check_java() -> None:

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Creating the tables of a new store is 50 lines of INFO that nobody asked for.
-for _name in ("alembic.runtime.migration", "alembic.runtime.plugins", "mlflow.store.db.utils"):
+for _name in ("alembic.runtime.migration", "alembic.runtime.plugins"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+# Nor the stack trace of an error that it raises as well.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 BATCH = 100  # parameters in one call: MLflow's limit
 
