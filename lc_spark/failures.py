@@ -23,7 +23,8 @@ NO_SPACE = r"No space left on device|database or disk is full|Disk quota exceede
 WRITING_TO = r"writing rows to (\S+?)\.? SQLSTATE"
 # Of Spark's classes that write to spark.local.dir.
 SPILLING = r"DiskBlockObjectWriter|ShuffleWriter|SpillWriter|DiskStore|IndexShuffleBlockResolver"
-JAVA_MEMORY = r"java\.lang\.OutOfMemoryError[^\n]*|SparkOutOfMemoryError|Py4JNetworkError"
+JAVA_MEMORY = r"java\.lang\.OutOfMemoryError[^\n]*|SparkOutOfMemoryError"
+JAVA_GONE = "Py4JNetworkError"
 TOO_MUCH_COLLECTED = r"is bigger than (?:local )?(?:spark\.driver\.)?maxResultSize"
 KILLED = (
     r"Python worker exited unexpectedly|MemoryError\b|SIGKILL|ExecutorLostFailure|"
@@ -47,7 +48,8 @@ def told(spark: SparkSession, doing: str, workspace: AnyPath | None) -> Iterator
     try:
         yield
     except BaseException as error:
-        advice = _advice(_words(error), settings, workspace)
+        known = isinstance(error, Exception)  # and not Ctrl-C
+        advice = _advice(_words(error), settings, workspace) if known else None
         if advice is None:
             raise
         what = str(error) if isinstance(error, LcSparkError) else f"{doing} ended early."
@@ -55,16 +57,16 @@ def told(spark: SparkSession, doing: str, workspace: AnyPath | None) -> Iterator
 
 
 def _words(error: BaseException) -> str:
-    """Return what an error and those that led to it say; of a sentence of ours, itself alone."""
-    if isinstance(error, LcSparkError):
-        return str(error)
-    said, at = [], error
+    """Return what an error and those that led to it say, stack traces of Java's included."""
+    said = []
+    at: BaseException | None = error
     while at is not None:
         try:
             said.append(f"{type(at).__name__}: {at}\n{getattr(at, '_stackTrace', '')}")
-        except (Py4JNetworkError, OSError) as silence:  # a Java error whose JVM is gone
-            said.append(f"{type(silence).__name__}: {silence}")
-        at = at.__cause__ or at.__context__
+        except Py4JNetworkError:  # an error of Java's whose JVM is gone
+            said.append(JAVA_GONE)
+        # A sentence of ours names what it was made of; what happened before does not matter.
+        at = at.__cause__ or (None if isinstance(at, LcSparkError) else at.__context__)
     return "\n".join(said)
 
 
@@ -84,6 +86,12 @@ def _advice(words: str, settings: Settings, workspace: AnyPath | None) -> str | 
             f"Java had too little memory: raise {_driver_memory(settings)}{_executors(settings)}, "
             "or make fewer features (min_count, hashed)."
         )
+    if JAVA_GONE in words:
+        return (
+            "Spark's Java process is gone, as a rule for want of memory: raise "
+            f"{_driver_memory(settings)}, or lower it where it comes near the {_machine_memory()} "
+            "that this machine has."
+        )
     if re.search(KILLED, words):
         return _killed(settings)
     if damaged:
@@ -92,6 +100,10 @@ def _advice(words: str, settings: Settings, workspace: AnyPath | None) -> str | 
             "that the other files have. Write it again, or take it out of the folder."
         )
     return None
+
+
+def _machine_memory() -> str:
+    return f"{psutil.virtual_memory().total / 1e9:,.1f} GB"
 
 
 def _full_disk(words: str, settings: Settings, workspace: AnyPath | None) -> str:
@@ -145,10 +157,9 @@ def _killed(settings: Settings) -> str:
             f"spark.executor.memoryOverhead ({overhead}), of which Python lives, or lower "
             "spark.executor.cores."
         )
-    total = psutil.virtual_memory().total
     return (
         "A Python process was killed, as a rule because this machine's memory was spent: of its "
-        f"{total / 1e9:,.1f} GB Java may take spark.driver_memory, which is "
+        f"{_machine_memory()} Java may take spark.driver_memory, which is "
         f"{settings.get('spark.driver.memory', '1g')}. Lower that, or run fewer tasks at a time "
         "(spark.master=local[1])."
     )

@@ -1,17 +1,21 @@
 """Bad input, a full disk, too little memory: the right result, or one sentence and nothing half."""
 
+import contextlib
 import datetime
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +33,7 @@ from lc_spark.errors import LcSparkError
 from lc_spark.facts import Facts
 from lc_spark.features.shards import part_files, read_field_map, read_manifest
 from lc_spark.field_map import FieldInfo, FieldMap
-from lc_spark.training import models
+from lc_spark.training import launch, models
 from lc_spark.training.loop import train
 from lc_spark.training.memory import LBFGS_VECTORS, check_lr_memory
 from lc_spark.training.spec import finished
@@ -362,6 +366,36 @@ def test_a_python_worker_without_memory_is_told_with_the_setting(case: Case, how
     said = str(caught.value)
     assert said.startswith("The stage 'features' ended early. ")
     assert "spark.driver_memory, which is 2g. Lower that" in said
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_told_with_the_setting(case: Case, tmp_path: Path) -> None:
+    write_made_up(tmp_path, FIELD_MAP, {"train": (400, 400), "valid": (200,)})
+    spec = make_spec(tmp_path, ranks=2, epochs=10_000, patience=10_000)
+    killed = threading.Event()
+
+    def kill_rank_1() -> None:
+        while not killed.is_set():
+            for process in psutil.Process().children(recursive=True):
+                # Not the processes that start and watch it, which have no rank.
+                with contextlib.suppress(psutil.Error):
+                    if process.environ().get("RANK") == "1":
+                        process.kill()
+                        killed.set()
+            time.sleep(0.2)
+
+    killer = threading.Thread(target=kill_rank_1)
+    killer.start()
+    with (
+        pytest.raises(LcSparkError, match=r"^Training lc_dnn ended: rank 1 of 2 failed") as caught,
+        failures.told(case.spark, "The stage 'train_lc'", tmp_path),
+    ):
+        launch.launch_specs(case.spark, [spec])
+    killed.set()
+    killer.join()
+    assert "A Python process was killed" in str(caught.value)
+    assert "spark.driver_memory, which is 2g. Lower that" in str(caught.value)
+    assert finished(spec) is None
 
 
 def test_what_is_no_failure_of_the_machine_is_left_as_it_came(case: Case) -> None:
