@@ -72,6 +72,7 @@ class Case:
             "workspace": str(self.folder / "workspace"),
             "fields": fields,
             "tracking": {"uri": self.runs},
+            "systems": ["lr"],
             "lr": {"l2": 1e-2, "max_iterations": 3},
         }
         return self.make_config({**own, "source": source, **settings})
@@ -154,10 +155,10 @@ def random_words(n: int, length: int = 48) -> list[str]:
 def test_raw_that_finds_no_room_is_not_there_and_the_same_command_makes_it(
     case: Case, disk: Path
 ) -> None:
-    n = 20_000
+    n = 6_000
     case.write(user=random_words(n), site=["a", "b"] * (n // 2), label=[0, 1] * (n // 2))
     config = case.config([categorical("site")], workspace=str(disk / "workspace"))
-    fill(disk, 1_000_000)
+    fill(disk, 150_000)
     said = case.refused(config, "ingest")
     assert said.startswith("The stage 'ingest' ended early. No space is left on the disk of ")
     assert f"{disk}/workspace/tables/raw. Free on this machine now: " in said
@@ -238,8 +239,9 @@ def test_every_stage_can_find_the_disk_full_and_be_run_again(case: Case, disk: P
     sites = [f"s{i % 500}" for i in range(n)]
     case.write(user=random_words(n), site=sites, label=labels)
     fields = [categorical("site"), categorical("user", min_count=1)]
-    disturbed = case.config(fields, workspace=str(disk / "workspace"))
-    undisturbed = case.config(fields)
+    settings = {"systems": ["lr", "lc_dnn"], "training": {**DEFAULTS["training"], "start": "lr"}}
+    disturbed = case.config(fields, workspace=str(disk / "workspace"), **settings)
+    undisturbed = case.config(fields, **settings)
     places = {
         "ingest": "tables/raw",
         "features": "shards",
