@@ -320,6 +320,18 @@ def test_a_full_spark_local_dir_is_told_by_the_command(case: Case, disk: Path) -
 
 
 @pytest.mark.slow
+def test_a_vocabulary_too_large_for_the_driver_is_told_by_the_command(case: Case) -> None:
+    case.write(site=[f"s{i}" for i in range(N)])
+    base = DEFAULTS["spark"]
+    small = {**base, "settings": {**base["settings"], "spark.driver.maxResultSize": "10k"}}
+    config = case.config([categorical("site", min_count=1)], spark=small)
+    case.run(config, "ingest")
+    said = only_error(run_job("features", config, case.folder))
+    assert "more than spark.driver.maxResultSize (10k): raise it" in said
+    assert "spark.driver_memory, which is 2g" in said
+
+
+@pytest.mark.slow
 def test_a_heap_too_small_for_the_work_is_told_by_the_command(case: Case) -> None:
     case.write(site=[f"s{i}" for i in range(N)])
     fields = [categorical("site", hashed=1_200_000)]
