@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psutil
@@ -35,16 +35,22 @@ DAMAGED = r"\[FAILED_READ_FILE[.\w]*\][^\n]*?([a-z0-9]+:/\S+?)\.?(?:\s|$)"
 Settings = Mapping[str, str]
 
 
+def told(
+    spark: SparkSession, doing: str, workspace: AnyPath | None
+) -> AbstractContextManager[None]:
+    """Return a block as in_words, with the settings of a session that answers still."""
+    settings = dict(spark.sparkContext.getConf().getAll())
+    settings["spark.master"] = str(spark.sparkContext.master)
+    return in_words(settings, doing, workspace)
+
+
 @contextmanager
-def told(spark: SparkSession, doing: str, workspace: AnyPath | None) -> Iterator[None]:
+def in_words(settings: Settings, doing: str, workspace: AnyPath | None) -> Iterator[None]:
     """Let a failure of the machine in the block end in one sentence; doing names the block.
 
     Raises LcSparkError for a full disk, spent memory and a file that Spark cannot read; an
     LcSparkError that tells of one gets what to do.
     """
-    # Asked for while Spark still answers.
-    settings = dict(spark.sparkContext.getConf().getAll())
-    settings["spark.master"] = str(spark.sparkContext.master)
     try:
         yield
     except BaseException as error:

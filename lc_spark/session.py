@@ -12,10 +12,12 @@ from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import SparkSession
 
+from lc_spark import failures
 from lc_spark.config import Config, Spark
 from lc_spark.errors import LcSparkError
 
 OLDEST_JAVA = 17
+LEAST_MEMORY = 450  # MiB of heap, below which Spark does not start
 
 # conf/spark.conf gives spark-submit the same; a test holds them together.
 SETTINGS = {
@@ -68,7 +70,8 @@ def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
         conf.setIfMissing(key, value)
     builder = SparkSession.builder.config(conf=conf).appName(f"lc_spark {name}")
     try:
-        spark = builder.getOrCreate()
+        with failures.in_words(dict(conf.getAll()), "The start of Spark", None):
+            spark = builder.getOrCreate()
     except PySparkRuntimeError as error:
         raise LcSparkError(
             "Spark did not start (its own words stand above). The usual cause is that "
@@ -112,9 +115,14 @@ def check_java() -> None:
 
 
 def check_memory(driver_memory: str) -> None:
-    """Raise LcSparkError when the machine has less memory than the driver is to take."""
+    """Raise LcSparkError when the driver is to take more memory than there is, or too little."""
     wanted = int(driver_memory[:-1]) * (1024 if driver_memory[-1] == "g" else 1)
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    if wanted < LEAST_MEMORY:
+        raise LcSparkError(
+            f"spark.driver_memory is {driver_memory}, but Spark needs {LEAST_MEMORY}m to start: "
+            "set it to 1g or more (--set spark.driver_memory=...)."
+        )
     if wanted > present * 0.9:
         raise LcSparkError(
             f"spark.driver_memory is {driver_memory}, but this machine has {present} MiB: set it "

@@ -272,13 +272,13 @@ def test_every_later_stage_can_find_the_disk_full_and_be_run_again(case: Case, d
 
 
 def run_job(
-    stage: str, config: Config, folder: Path, **more: str
+    job: str, config: Config, folder: Path, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a stage as a command of its own, with a Spark of its own."""
+    """Run a script of jobs/ as a command, with a Spark of its own."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYSPARK_", "SPARK_"))}
-    command = [sys.executable, str(ROOT / "jobs" / f"{stage}.py"), "--config", str(path)]
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--config", str(path)]
     return subprocess.run(
         command, env=inherited | more, capture_output=True, text=True, check=False
     )
@@ -296,14 +296,18 @@ def only_error(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.slow
 def test_a_full_spark_local_dir_is_told_by_the_command(case: Case, disk: Path) -> None:
     n = 20_000
-    case.write(user=random_words(n), label=[0, 1] * (n // 2))
-    local = {"spark.local.dir": str(disk)}
+    case.write(user=random_words(n, 300), label=[0, 1] * (n // 2))
     base = DEFAULTS["spark"]
-    spark_settings = {**base, "settings": {**base["settings"], **local}}
-    config = case.config([categorical("user")], spark=spark_settings)
+    local = {**base["settings"], "spark.local.dir": str(disk)}
+    config = case.config([categorical("user")], spark={**base, "settings": local})
     fill(disk, 1_000_000)
     said = only_error(run_job("ingest", config, case.folder))
-    assert f"No space is left on the disk of spark.local.dir {disk}" in said
+    assert said.startswith("Error: The start of Spark ended early. No space is left on the disk of")
+    assert f"spark.local.dir {disk}" in said
+    fill(disk, 12_000_000)  # Delta's jars come first
+    said = only_error(run_job("ingest", config, case.folder))
+    assert said.startswith("Error: The stage 'ingest' ended early. No space is left on the disk of")
+    assert f"the disk of spark.local.dir {disk}" in said
     assert not tables.exists(case.spark, config, "raw")
     make_room(disk)
     done = run_job("ingest", config, case.folder)
@@ -321,7 +325,7 @@ def test_a_vocabulary_too_large_for_the_driver_is_told_by_the_command(case: Case
     small = {**base, "settings": {**base["settings"], "spark.driver.maxResultSize": "10k"}}
     config = case.config([categorical("site", min_count=1)], spark=small)
     case.run(config, "ingest")
-    said = only_error(run_job("features", config, case.folder))
+    said = only_error(run_job("build_features", config, case.folder))
     assert "more than spark.driver.maxResultSize (10k): raise it" in said
     assert "spark.driver_memory, which is 2g" in said
 
@@ -329,13 +333,13 @@ def test_a_vocabulary_too_large_for_the_driver_is_told_by_the_command(case: Case
 @pytest.mark.slow
 def test_a_heap_too_small_for_the_work_is_told_by_the_command(case: Case) -> None:
     case.write(site=[f"s{i}" for i in range(N)])
-    fields = [categorical("site", hashed=1_200_000)]
-    small = {**DEFAULTS["spark"], "driver_memory": "400m"}
+    fields = [categorical("site", hashed=1_900_000)]
+    small = {**DEFAULTS["spark"], "driver_memory": "512m"}
     config = case.config(fields, spark=small)
     case.run(config, *FEATURES)
     said = only_error(run_job("train_lr", config, case.folder))
     assert "Java" in said
-    assert "400m" in said
+    assert "512m" in said
     assert not (config.workspace_path / "models" / "lr").exists()
 
 
