@@ -23,12 +23,12 @@ NO_SPACE = r"No space left on device|database or disk is full|Disk quota exceede
 WRITING_TO = r"writing rows to (\S+?)\.? SQLSTATE"
 # Of Spark's classes that write to spark.local.dir.
 SPILLING = r"DiskBlockObjectWriter|ShuffleWriter|SpillWriter|DiskStore|IndexShuffleBlockResolver"
-JAVA_MEMORY = r"java\.lang\.OutOfMemoryError[^\n]*|SparkOutOfMemoryError"
+JAVA_MEMORY = r"java\.lang\.OutOfMemoryError|SparkOutOfMemoryError"
 JAVA_GONE = "Py4JNetworkError"
 TOO_MUCH_COLLECTED = r"is bigger than (?:local )?(?:spark\.driver\.)?maxResultSize"
 KILLED = (
-    r"Python worker exited unexpectedly|MemoryError\b|SIGKILL|ExecutorLostFailure|"
-    r"\b(?:exit ?code|return code) ?:? ?(?:137|-9)\b"
+    r"Python worker exited unexpectedly|MemoryError\b|ExecutorLostFailure|"
+    r"Signal 9 \(SIGKILL\) received|\b(?:exit ?code|return code)\s*:?\s*(?:137|-9)\b"
 )
 DAMAGED = r"\[FAILED_READ_FILE[.\w]*\][^\n]*?([a-z0-9]+:/\S+?)\.?(?:\s|$)"
 
@@ -78,7 +78,6 @@ def _words(error: BaseException) -> str:
 
 def _advice(words: str, settings: Settings, workspace: AnyPath | None) -> str | None:
     """Return what was wrong, where, and what to do, or None for what is not known here."""
-    damaged = re.search(DAMAGED, words)
     if re.search(NO_SPACE, words):
         return _full_disk(words, settings, workspace)
     if re.search(TOO_MUCH_COLLECTED, words):
@@ -100,6 +99,7 @@ def _advice(words: str, settings: Settings, workspace: AnyPath | None) -> str | 
         )
     if re.search(KILLED, words):
         return _killed(settings)
+    damaged = re.search(DAMAGED, words)
     if damaged:
         return (
             f"Spark cannot read {damaged[1]}: it is damaged, or its columns are not of the types "
