@@ -97,7 +97,7 @@ def test_too_little_memory_is_said_with_what_would_fit() -> None:
 
 
 def test_less_memory_than_spark_starts_with_is_refused() -> None:
-    with pytest.raises(LcSparkError, match="spark.driver_memory is 449m, but Spark needs 450m"):
+    with pytest.raises(LcSparkError, match=r"spark\.driver_memory is 449m, but Spark needs 450m"):
         session.check_memory("449m")
     session.check_memory("450m")
 
