@@ -333,15 +333,21 @@ def test_a_vocabulary_too_large_for_the_driver_is_told_by_the_command(case: Case
 
 @pytest.mark.slow
 def test_a_heap_too_small_for_the_work_is_told_by_the_command(case: Case) -> None:
-    case.write(site=[f"s{i}" for i in range(N)])
-    fields = [categorical("site", hashed=1_900_000)]
-    small = {**DEFAULTS["spark"], "driver_memory": "512m"}
-    config = case.config(fields, spark=small)
-    case.run(config, *FEATURES)
+    # So many features that the weights and corrections just fit, and nothing beside them.
+    site = replace(FIELD_MAP.fields[0], size=1_900_000)
+    field_map = FieldMap((site, *FIELD_MAP.fields[1:]))
+    sizes = {"train": (400, 400), "valid": (200,)}
+    workspace = case.folder / "workspace"
+    write_made_up(workspace, field_map, sizes)
+    config = case.config(
+        [categorical("site")],
+        spark={**DEFAULTS["spark"], "driver_memory": "512m"},
+        lr={"l2": 1e-6, "max_iterations": 30, "tolerance": 1e-12},
+    )
     said = only_error(run_job("train_lr", config, case.folder))
     assert "Java" in said
-    assert "512m" in said
-    assert not (config.workspace_path / "models" / "lr").exists()
+    assert "raise spark.driver_memory, which is 512m" in said
+    assert not (workspace / "models" / "lr").exists()
 
 
 def test_lr_that_cannot_fit_the_heap_is_refused_before_it_starts(case: Case) -> None:
