@@ -137,7 +137,7 @@ def init(
     name: Annotated[str | None, typer.Option(help="default: by the name of the table")] = None,
 ) -> None:
     """Look at a table of raw rows and write a config for it."""
-    from lc_spark import config, session, source_settings, sources
+    from lc_spark import config, failures, session, source_settings, sources
     from lc_spark.init import config_text, profile, propose
 
     name = config_text.config_name(name or table)
@@ -145,8 +145,9 @@ def init(
     path = config_text.output_path(output, name)
     spark = session.start_for(name, config.Spark())
     files = source_settings.Files(format=file_format)
-    rows_df = sources.read_files(spark, files, [table.replace("{date}", "*")], "TABLE")
-    found = profile.profile(rows_df, label)
+    with failures.told(spark, "init", None):
+        rows_df = sources.read_files(spark, files, [table.replace("{date}", "*")], "TABLE")
+        found = profile.profile(rows_df, label)
     spark.stop()
     chosen = propose.choices(found)
     config_text.write(config_text.yaml_text(found, chosen, table, file_format, name), path)

@@ -23,17 +23,43 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise LcSparkError(f"There is no config file '{path}'.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LcSparkError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise LcSparkError(f"{path} must hold keys and values, such as 'name: flights'.")
+    _refuse_double_keys(path, text)
     for override in overrides or []:
         _apply_override(data, override)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         raise LcSparkError(f"{path}:\n" + "\n".join(_sentences(error))) from error
+
+
+def _refuse_double_keys(path: Path, text: str) -> None:
+    """Raise LcSparkError where a section has a key twice: YAML would take the last of the two."""
+    waiting, known = [yaml.compose(text, yaml.SafeLoader)], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in known:  # an alias
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[str, int] = {}
+        for key, value in node.value:  # a key that is a list was refused by safe_load
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise LcSparkError(
+                    f"{path}, line {line}: the key '{key.value}' stands there for the second time, "
+                    f"after line {lines[key.value]}: keep one of the two."
+                )
+            lines[key.value] = line
+            waiting.append(value)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

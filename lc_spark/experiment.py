@@ -16,6 +16,7 @@ from lc_spark import (
     evaluate,
     experiment_report,
     facts,
+    failures,
     files,
     metrics,
     pipeline,
@@ -109,10 +110,11 @@ def run_experiment(spark: SparkSession, config: Config) -> Facts:
     try:
         for stage in ("ingest", "features", "train_lr"):
             pipeline.ensure_stage(stage, spark, full, state.parent)
-        outcomes = _train(spark, full, todo, state)
-        made = _evaluate(spark, config, outcomes, state)
+        with failures.told(spark, "The experiment", config.workspace_path):
+            outcomes = _train(spark, full, todo, state)
+            made = _evaluate(spark, config, outcomes, state)
     except BaseException:
-        tracking.end_run(config, state.parent, "FAILED")
+        tracking.fail_run(config, state.parent)
         raise
     tracking.end_run(config, state.parent, "FINISHED")
     state.path.unlink()

@@ -8,7 +8,7 @@ import time
 
 from pyspark.sql import SparkSession
 
-from lc_spark import facts, files, resources, tracking
+from lc_spark import facts, failures, files, resources, tracking
 from lc_spark.config import Config
 from lc_spark.facts import Facts
 from lc_spark.stages import STAGES
@@ -22,7 +22,14 @@ def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None
     """Run one stage, note its facts and what it took in ``stages/<name>.json``, and return them.
 
     parent is the MLflow run that the stage's run goes under: by default that of the pipeline.
+    Raises LcSparkError, beside what the stage itself refuses, for a full disk, spent memory and
+    damaged files.
     """
+    with failures.told(spark, f"The stage '{name}'", config.workspace_path):
+        return _run(name, spark, config, parent)
+
+
+def _run(name: str, spark: SparkSession, config: Config, parent: str | None) -> Facts:
     under = parent or _parent_run(config, new=name == "ingest")
     facts.forget(config, name)
     log.info("%s: started; MLflow run %s", name, tracking.address_of(config, under))
@@ -34,7 +41,7 @@ def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None
         with resources.watched() as peak:
             made = STAGES[name](spark, config, under)
     except BaseException:
-        tracking.end_run(config, under, "FAILED")
+        tracking.fail_run(config, under)
         raise
     made["seconds"] = round(time.perf_counter() - started, 1)
     made |= resources.noted(config, name, made, peak, began)

@@ -12,10 +12,12 @@ from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkRuntimeError
 from pyspark.sql import SparkSession
 
+from lc_spark import failures
 from lc_spark.config import Config, Spark
 from lc_spark.errors import LcSparkError
 
 OLDEST_JAVA = 17
+LEAST_MEMORY = 450  # MiB of heap, below which Spark does not start
 
 # conf/spark.conf gives spark-submit the same; a test holds them together.
 SETTINGS = {
@@ -39,6 +41,13 @@ SETTINGS = {
     "spark.driver.maxResultSize": "0",
     "spark.ui.showConsoleProgress": "true",
 }
+# Spark's classes that log a task's failure with its stack trace on the way to the driver.
+REPEATING = (
+    "executor.Executor",
+    "util.Utils",
+    "sql.delta.files.DeltaFileFormatWriter",
+    "sql.execution.datasources.FileFormatWriter",
+)
 
 
 def start(config: Config) -> SparkSession:
@@ -68,7 +77,8 @@ def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
         conf.setIfMissing(key, value)
     builder = SparkSession.builder.config(conf=conf).appName(f"lc_spark {name}")
     try:
-        spark = builder.getOrCreate()
+        with failures.in_words(dict(conf.getAll()), "The start of Spark", None):
+            spark = builder.getOrCreate()
     except PySparkRuntimeError as error:
         raise LcSparkError(
             "Spark did not start (its own words stand above). The usual cause is that "
@@ -77,10 +87,19 @@ def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
             "('spark.jars': paths, 'spark.jars.packages': '')."
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
+    _quieten(spark)
     logging.getLogger("py4j").setLevel(logging.WARNING)
     # It writes a page of JSON before each error that ends in one of our sentences.
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     return spark
+
+
+def _quieten(spark: SparkSession) -> None:
+    """Take the stack traces of failed tasks out of the log: the error itself brings them."""
+    assert spark._jvm is not None, "a session is active"
+    log4j = spark._jvm.org.apache.logging.log4j
+    for name in REPEATING:
+        log4j.core.config.Configurator.setLevel(f"org.apache.spark.{name}", log4j.Level.OFF)
 
 
 def check_java() -> None:
@@ -103,11 +122,24 @@ def check_java() -> None:
 
 
 def check_memory(driver_memory: str) -> None:
-    """Raise LcSparkError when the machine has less memory than the driver is to take."""
+    """Raise LcSparkError when the driver is to take more memory than there is, or too little."""
     wanted = int(driver_memory[:-1]) * (1024 if driver_memory[-1] == "g" else 1)
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    if wanted < LEAST_MEMORY:
+        raise LcSparkError(
+            f"spark.driver_memory is {driver_memory}, but Spark needs {LEAST_MEMORY}m to start: "
+            "set it to 1g or more (--set spark.driver_memory=...)."
+        )
     if wanted > present * 0.9:
         raise LcSparkError(
             f"spark.driver_memory is {driver_memory}, but this machine has {present} MiB: set it "
             f"to {int(present * 0.6)}m or less (--set spark.driver_memory=...)."
         )
+
+
+def heap_and_tasks(spark: SparkSession) -> tuple[int, int]:
+    """Return the bytes that the driver's Java may take, and how many tasks run in it at a time."""
+    context = spark.sparkContext
+    assert context._jvm is not None, "a session is active"
+    heap = int(context._jvm.java.lang.Runtime.getRuntime().maxMemory())
+    return heap, context.defaultParallelism if str(context.master).startswith("local") else 0

@@ -81,11 +81,23 @@ def read_files(spark: SparkSession, settings: Files, paths: list[str], where: st
             fields = [f for f in inferred.schema.fields if f.name != CORRUPT]
             schema = T.StructType([*fields, T.StructField(CORRUPT, T.StringType())])
             return spark.read.json(paths, schema=schema, columnNameOfCorruptRecord=CORRUPT)
-        return spark.read.parquet(*paths)
+        rows_df = spark.read.parquet(*paths)
+        _refuse_empty_files(spark, paths, where)
+        return rows_df
     except AnalysisException as error:
         raise LcSparkError(
             f"{where}: cannot read '{', '.join(paths)}' as {settings.format}: {first_line(error)}"
         ) from error
+
+
+def _refuse_empty_files(spark: SparkSession, paths: list[str], where: str) -> None:
+    """Refuse Parquet files of no bytes, as an upload that failed leaves: Spark passes over them."""
+    found = spark.read.format("binaryFile").load(paths).where("length = 0").select("path").head()
+    if found is not None:
+        raise LcSparkError(
+            f"{where}: {found[0]} has 0 bytes, so it is damaged: a Parquet file without rows has "
+            "some. Write it again, or take it out of the folder."
+        )
 
 
 def _read_csv(spark: SparkSession, settings: Files, paths: list[str]) -> DataFrame:

@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Creating the tables of a new store is 50 lines of INFO that nobody asked for.
-for _name in ("alembic.runtime.migration", "alembic.runtime.plugins", "mlflow.store.db.utils"):
+for _name in ("alembic.runtime.migration", "alembic.runtime.plugins"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+# Nor the stack trace of an error that it raises as well.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 BATCH = 100  # parameters in one call: MLflow's limit
 
@@ -168,16 +170,24 @@ def end_run(config: Config, run_id: str, status: str) -> None:
     client_of(uri_of(config)).set_terminated(run_id, status)
 
 
+def fail_run(config: Config, run_id: str) -> None:
+    """End a run as FAILED while an error is on its way, which MLflow's own must not hide."""
+    try:
+        end_run(config, run_id, "FAILED")
+    except (MlflowException, SQLAlchemyError, LcSparkError) as error:
+        log.warning("MLflow run %s stays open: %s", run_id, str(error).splitlines()[0])
+
+
 @contextlib.contextmanager
 def stage(config: Config, parent_run_id: str, name: str) -> Iterator[StageRun]:
     """Open a child run for one stage; it ends as FAILED when the block raises."""
     run = start_child(config, parent_run_id, name)
-    status = "FAILED"
     try:
         yield run
-        status = "FINISHED"
-    finally:
-        end_run(config, run.run_id, status)
+    except BaseException:
+        fail_run(config, run.run_id)
+        raise
+    end_run(config, run.run_id, "FINISHED")
 
 
 def start_child(config: Config, parent_run_id: str, name: str) -> StageRun:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession
 
-from lc_spark import figures, files, metrics, refresh, tables, tracking
+from lc_spark import figures, files, metrics, refresh, session, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.evaluation_report import history
@@ -61,11 +61,8 @@ def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
 
 def _lr_by(spark: SparkSession, config: Config, field_map: FieldMap) -> str:
     """Return what fits LR, "mllib" or "torch", by the memory that this driver has."""
-    context = spark.sparkContext
-    assert context._jvm is not None, "a session is active"
-    memory = context._jvm.java.lang.Runtime.getRuntime().maxMemory()
-    tasks = context.defaultParallelism if str(context.master).startswith("local") else 0
-    return lr_choice.chosen(config.lr, field_map.d, tasks, memory)
+    heap, tasks = session.heap_and_tasks(spark)
+    return lr_choice.chosen(config.lr, field_map.d, tasks, heap)
 
 
 def _lr_by_mllib(

@@ -96,6 +96,12 @@ def test_too_little_memory_is_said_with_what_would_fit() -> None:
     session.check_memory(fitting)
 
 
+def test_less_memory_than_spark_starts_with_is_refused() -> None:
+    with pytest.raises(LcSparkError, match=r"spark\.driver_memory is 449m, but Spark needs 450m"):
+        session.check_memory("449m")
+    session.check_memory("450m")
+
+
 def test_spark_submit_gets_the_same_settings() -> None:
     lines = (ROOT / "conf" / "spark.conf").read_text(encoding="utf-8").splitlines()
     pairs = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]

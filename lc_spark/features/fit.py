@@ -55,7 +55,10 @@ def fit_features(
         _check_same(fields, old.field_map)
     n_rows = train_df.count()
     if n_rows == 0:
-        raise LcSparkError("The train split has no rows: check 'split' in the config.")
+        raise LcSparkError(
+            "The train split has no rows: check 'split' in the config and, since rows of one id "
+            "stay together, source.row_id."
+        )
     valued = [f for f in fields if isinstance(f, Categorical | Multivalued)]
     refuse_fractions(train_df, valued, types)
     numbers = [f for f in fields if isinstance(f, Bucketed | Continuous)]

@@ -94,7 +94,10 @@ def _part_ends(keyed_df: DataFrame, config: Config) -> dict[str, list[int]]:
         ranges = sorted((r["range"], r["count"]) for r in counted if r["split"] == split)
         rows = sum(count for _, count in ranges)
         if rows == 0:
-            raise LcSparkError(f"The {split} split has no rows: check 'split' in the config.")
+            raise LcSparkError(
+                f"The {split} split has no rows: check 'split' in the config and, since rows of "
+                "one id stay together, source.row_id."
+            )
         group = ranks * -(-rows // (ranks * config.shards.rows_per_group))
         n_parts = min(group, rows) if rows >= ranks else ranks
         totals = np.cumsum([count for _, count in ranges])

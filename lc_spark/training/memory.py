@@ -1,4 +1,4 @@
-"""Refuses a network that the machine cannot hold, before anything of it is allocated."""
+"""Refuses a model that the machine cannot hold, before anything of it is allocated."""
 
 import gc
 

@@ -228,6 +228,7 @@ def save(model: Network, folder: AnyPath, fingerprint: str, extra: Mapping[str, 
         "architecture": model.architecture,
         "fingerprint": fingerprint,
     }
+    (folder / DESCRIPTION_FILE).unlink(missing_ok=True)  # it must not speak of other weights
     save_tensors(model.state_dict(), folder / MODEL_FILE)
     files.write_text(folder / DESCRIPTION_FILE, json.dumps(description, indent=1))
 

@@ -17,10 +17,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath) -> None:
     if isinstance(path, Path):  # without a second copy of them in memory
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.new")
-        safetensors.torch.save_file(contiguous, new)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(new, path)
+        try:
+            safetensors.torch.save_file(contiguous, new)
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)  # the part that found room on a full disk
     else:
         files.write_whole(path, safetensors.torch.save(contiguous))
 
