@@ -24,6 +24,7 @@ log = logging.getLogger("lc_spark")
 def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     """Train shards -> models/lr, Delta lr_weights; and the LRs that a start holds rows out of."""
     field_map = read_field_map(config)
+    by = _lr_by(spark, config, field_map)
     manifest = read_manifest(config)
     parts = lr.held_out_parts(config, manifest)
     for split in ("train", "valid"):
@@ -32,7 +33,6 @@ def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
     with tracking.stage(config, parent, "lr") as run:
         run.log_params(config.lr.model_dump())
         run.set_tags({"fingerprint": field_map.fingerprint})
-        by = _lr_by(spark, config, field_map)
         run.set_tags({"lr_by": by})
         fit_by = _lr_by_torch if by == "torch" else _lr_by_mllib
         made, weights_df = fit_by(spark, config, field_map, parts)

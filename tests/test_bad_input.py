@@ -367,8 +367,8 @@ def test_lr_that_cannot_fit_the_heap_is_refused_before_it_starts(case: Case) -> 
     manifest.parent.mkdir()
     manifest.write_text(f'{{"fingerprint": "{field_map.fingerprint}"}}', encoding="utf-8")
     said = case.refused(config, "train_lr")
-    assert said.startswith("LR over 9,000,001 features takes at least 2.45 GB of Java's memory")
-    assert "spark.driver_memory gives it 2.15 GB. Set it to 3g or more" in said
+    assert said.startswith("MLlib's LR over 9,000,001 features needs 2.45 GB on the driver")
+    assert "has 2.15 GB: set lr.by to torch (--set lr.by=torch), or raise spark.driver" in said
 
 
 @pytest.mark.parametrize("how", ["killed", "greedy"])
