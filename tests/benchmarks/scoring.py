@@ -9,12 +9,11 @@ in the JVM. They take turns after one round that is not counted.
 
 import argparse
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pyspark.sql import DataFrame
+from turns import print_turns, take_turns
 
 from lc_spark import config_file, registry, session, tables
 from lc_spark.features.packed import packed_df
@@ -54,28 +53,11 @@ def main() -> None:
         consume(raw_df.select("row_id", "date", *prepared))
 
     calls: dict[str, Callable[[], None]] = {"score": score, "encode": encode, "read": read}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(arguments.times + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+    seconds = take_turns(calls, arguments.times)
     n, load = raw_df.count(), os.getloadavg()[0]
     spark.stop()
     print(f"{n:,} rows, {len(scorer.field_map.fields)} fields, load {load:.1f}")
-    print("| | median s | from | to | rows/s | by encode |")
-    print("|---|---|---|---|---|---|")
-    ratios = {
-        name: [a / b for a, b in zip(taken, seconds["encode"], strict=True)]
-        for name, taken in seconds.items()
-    }
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
-        print(
-            f"| {name} | {median:.2f} | {min(taken):.2f} | {max(taken):.2f} | {n / median:,.0f} "
-            f"| {statistics.median(ratios[name]):.2f} |"
-        )
+    print_turns(seconds, "encode", n)
 
 
 if __name__ == "__main__":
