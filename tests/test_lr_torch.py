@@ -43,7 +43,7 @@ print("RESULT " + json.dumps(run_lr_rank(json.loads(sys.argv[1]))), flush=True)
 
 def write_log(folder: Path) -> None:
     """Write shards with every kind of field."""
-    write_shards(folder, FIELD_MAP, {"train": [600] * 3, "valid": [600]})
+    write_shards(folder, FIELD_MAP, {"train": [450] * 4, "valid": [600]})
     for split in ("train", "valid"):
         for path in part_files(folder / "shards", split):
             make_sets(Path(str(path)))
@@ -308,13 +308,22 @@ def flights(
 ) -> tuple[Config, dict[str, Any]]:
     """A sample of the flights from ingest to evaluation, with a start from folds and from days."""
     folder = tmp_path_factory.mktemp("flights_by_torch")
-    datasets.flights().sample(12_000, random_state=7).to_parquet(folder / "flights.parquet")
+    datasets.flights().sample(6_000, random_state=7).to_parquet(folder / "flights.parquet")
     systems = [
         "lr",
         {"system": "lc_dnn", "name": "folds"},
         {"system": "lc_dnn", "name": "past", "training": {"start": "lr_past", "days": 60}},
     ]
+    fields: list[dict[str, Any]] = [
+        {"name": "carrier", "kind": "categorical"},
+        {"name": "dest", "kind": "categorical"},
+        {"name": "hour", "kind": "categorical"},
+        {"name": "temp", "kind": "bucketed"},
+        {"name": "distance", "kind": "continuous"},
+        {"kind": "crossed", "of": ["carrier", "dest"]},
+    ]
     overrides = [
+        f"fields={json.dumps(fields)}",
         f"workspace={folder / 'workspace'}",
         f"source.path={folder / 'flights.parquet'}",
         "source.dataset=null",

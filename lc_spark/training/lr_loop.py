@@ -9,9 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -28,6 +25,7 @@ from lc_spark.training.lr_network import (
     check_memory,
     logits,
     losses,
+    write_weights,
 )
 from lc_spark.training.world import World, joined, progress_bar
 
@@ -87,10 +85,12 @@ class _Trainer:
         self.read_map = FieldMap((*self.field_map.fields, *more))
         self.steps = self._steps_per_epoch()
         self.rows = self.steps * spec.batch_size * world.size
+        # Rows that an epoch leaves over give no gradient, and so no penalty.
+        share = self.rows / self.manifest["splits"]["train"]["rows"]
         check_memory(self.field_map.d, len(self.parts), len(spec.l2), world)
         self.network = LrNetwork(
             self.field_map.d,
-            self.parts,
+            [dataclasses.replace(part, rows=round(part.rows * share)) for part in self.parts],
             spec.l2,
             spec.learning_rate,
             self.steps,
@@ -285,15 +285,4 @@ class _Trainer:
             path = self.folder / "models" / part.name
             models.save(network, path, self.field_map.fingerprint, facts)
         first = weights[:, 0].cpu().numpy()
-        schema = pa.schema(
-            [("field", pa.string()), ("index", pa.int32()), ("weight", pa.float64())]
-        )
-        with (
-            (self.folder / WEIGHTS_FILE).open("wb") as file,
-            pq.ParquetWriter(file, schema) as writer,
-        ):
-            for info in self.field_map.fields:
-                index = np.arange(info.size, dtype=np.int32)
-                weight = first[info.offset : info.offset + info.size].astype(np.float64)
-                field = pa.array(np.repeat(info.name, info.size), pa.string())
-                writer.write_table(pa.table([field, index, weight], schema=schema))
+        write_weights(first, self.field_map, self.folder / WEIGHTS_FILE)

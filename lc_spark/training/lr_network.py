@@ -10,14 +10,20 @@ Tensor names end in their shape: B rows, C features of a row, n LRs, P parts, m 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag, softplus
 
 from lc_spark.errors import LcSparkError
+from lc_spark.field_map import FieldMap
+from lc_spark.files import AnyPath
 from lc_spark.training.optim import sum_by_id
 from lc_spark.training.proximal import ProximalAdagrad
 from lc_spark.training.world import World
@@ -137,6 +143,17 @@ def logits(weights: Tensor, bias: Tensor, ids_BC: Tensor, values_BC: Tensor | No
 def losses(logits_Bn: Tensor, labels_B1: Tensor, seen_Bn: Tensor) -> Tensor:
     """Return the sums [n] of the log losses of the rows seen, in float64."""
     return ((softplus(logits_Bn) - labels_B1 * logits_Bn) * seen_Bn).double().sum(0)
+
+
+def write_weights(weights: NDArray[Any], field_map: FieldMap, path: AnyPath) -> None:
+    """Write weights [d] as a table of (field string, index int, weight double)."""
+    schema = pa.schema([("field", pa.string()), ("index", pa.int32()), ("weight", pa.float64())])
+    with path.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
+        for info in field_map.fields:
+            field = pa.array(np.repeat(info.name, info.size), pa.string())
+            index = np.arange(info.size, dtype=np.int32)
+            weight = weights[info.offset : info.offset + info.size].astype(np.float64)
+            writer.write_table(pa.table([field, index, weight], schema=schema))
 
 
 def check_memory(d: int, parts: int, paths: int, world: World) -> None:
