@@ -113,11 +113,13 @@ def read_with_places(
         return table_df
     reader = spark.read.schema(table_df.schema).option("basePath", path_of(config, name))
     # Delta's own reader does not tell the number of a row.
-    return reader.parquet(*places).select(
-        "*",
-        F.col("_metadata.file_path").alias(FILE),
-        F.col("_metadata.row_index").alias(ROW),
-    )
+    return with_places(reader.parquet(*places))
+
+
+def with_places(parquet_df: DataFrame) -> DataFrame:
+    """Return rows that Spark reads from Parquet files with FILE and ROW."""
+    file, row = F.col("_metadata.file_path"), F.col("_metadata.row_index")
+    return parquet_df.select("*", file.alias(FILE), row.alias(ROW))
 
 
 def date_condition(column: str, day: datetime.date, first: datetime.date | None = None) -> str:

@@ -24,6 +24,7 @@ from lc_spark.training import lr
 SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000  # rows times fields
 TIMED_ROWS = 50_000  # of the sample, that stages are timed on
+TIMED_CELLS = 3_000_000
 PART = 0.25  # of those: the time for a part and for all tells seconds from seconds a row
 LR_PASSES = 3
 
@@ -95,7 +96,7 @@ def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROW
         read_seconds = time.perf_counter() - started
         train_df = sample_df.where(F.col("split") == "train")
         fields = plan_fields(train_df, config.fields, split_rows["train"])
-        share = min(1.0, TIMED_ROWS / n_sample)
+        share = min(1.0, min(TIMED_ROWS, TIMED_CELLS // len(config.fields)) / n_sample)
         timed_df = sample_df.drop("split").sample(share, config.seed)
         measured = _time_stages(spark, there, timed_df, fields)
         sample_df.unpersist()
@@ -140,7 +141,7 @@ def _time_stages(
     started = time.perf_counter()
     timed_df.write.parquet(raw)
     seconds = time.perf_counter() - started
-    raw_df = spark.read.parquet(raw)
+    raw_df = tables.with_places(spark.read.parquet(raw))
     n = raw_df.count()
     write = Line(0.0, seconds / n)
     part_df = raw_df.sample(PART, there.seed).persist(StorageLevel.DISK_ONLY)
