@@ -20,20 +20,12 @@ from lc_spark.field_map import FieldMap
 from lc_spark.files import as_path
 from lc_spark.parameters import parameter_count
 from lc_spark.systems import HELD_OUT, Training
-from lc_spark.training import checkpoint, loader, metrics, models
+from lc_spark.training import checkpoint, loader, metrics
 from lc_spark.training.learner import Learner
 from lc_spark.training.memory import check_memory
-from lc_spark.training.saving import save
-from lc_spark.training.spec import (
-    LEARNER_FILE,
-    TrainSpec,
-    curves,
-    finished,
-    note_result,
-    note_state,
-)
+from lc_spark.training.saving import keep_model, save
+from lc_spark.training.spec import TrainSpec, curves, finished, note_result, note_state
 from lc_spark.training.start import at_start, go_on
-from lc_spark.training.tensors import save_tensors
 from lc_spark.training.world import World, joined, progress_bar
 
 if TYPE_CHECKING:
@@ -240,13 +232,8 @@ class _Trainer:
             f"{entry['valid_logloss']:.4f}, {entry['rows'] / seconds:,.0f} rows/s"
         )
         if self._best() is entry:
-            save(self.world, self._keep_model)
-
-    def _keep_model(self) -> None:
-        description = {"name": self.spec.name, "best": self._best()}
-        models.save(self.learner.model, self.output, self.field_map.fingerprint, description)
-        if self.spec.keep_state:
-            save_tensors(self.learner.state(), self.output / LEARNER_FILE)
+            fingerprint = self.field_map.fingerprint
+            save(self.world, lambda: keep_model(self.spec, self.learner, fingerprint, entry))
 
     def _log(self, entry: dict[str, Any]) -> None:
         """Log the numbers after a part of an epoch; the step counts those parts."""

@@ -1,8 +1,14 @@
-"""Lets rank 0 write a file so that all ranks know when it could not, as on a full disk."""
+"""Lets rank 0 write so that all ranks know when it could not, as on a full disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lc_spark.errors import LcSparkError
+from lc_spark.files import as_path
+from lc_spark.training import models
+from lc_spark.training.learner import Learner
+from lc_spark.training.spec import LEARNER_FILE, TrainSpec
+from lc_spark.training.tensors import save_tensors
 from lc_spark.training.world import World
 
 
@@ -19,3 +25,13 @@ def save(world: World, write: Callable[[], None]) -> None:
             failure = str(error)
     if world.from_rank_0(len(failure)):
         raise LcSparkError(f"Rank 0 could not save: {failure}.")
+
+
+def keep_model(
+    spec: TrainSpec, learner: Learner, fingerprint: str, best: Mapping[str, Any]
+) -> None:
+    """Write the model of the best look at the valid split into spec.output."""
+    folder = as_path(spec.output)
+    models.save(learner.model, folder, fingerprint, {"name": spec.name, "best": best})
+    if spec.keep_state:
+        save_tensors(learner.state(), folder / LEARNER_FILE)
