@@ -25,7 +25,7 @@ from conftest import DEFAULTS, ConfigMaker
 from pyspark.sql import SparkSession
 from pyspark.testing import assertDataFrameEqual
 from safetensors.torch import load_file
-from training_data import FIELD_MAP, make_spec
+from training_data import FIELD_MAP, FOLDS, make_spec
 from training_data import write_shards as write_made_up
 
 from lc_spark import config_file, facts, failures, pipeline, session, tables
@@ -304,7 +304,7 @@ def test_a_full_spark_local_dir_is_told_by_the_command(case: Case, disk: Path) -
     said = only_error(run_job("ingest", config, case.folder))
     assert said.startswith("Error: The start of Spark ended early. No space is left on the disk of")
     assert f"spark.local.dir {disk}" in said
-    fill(disk, 12_000_000)  # Delta's jars come first
+    fill(disk, 22_000_000)  # Delta's jars come first
     done = run_job("ingest", config, case.folder)
     said = only_error(done)
     assert said.startswith("Error: The stage 'ingest' ended early. No space is left on the disk of")
@@ -343,6 +343,7 @@ def test_a_heap_too_small_for_the_work_is_told_by_the_command(case: Case) -> Non
     config = case.config(
         [categorical("site")],
         spark={**DEFAULTS["spark"], "driver_memory": "512m"},
+        shards={"folds": FOLDS},
         lr={"l2": 1e-6, "max_iterations": 30, "tolerance": 1e-12},
     )
     said = only_error(run_job("train_lr", config, case.folder))

@@ -20,19 +20,12 @@ from lc_spark.field_map import FieldMap
 from lc_spark.files import as_path
 from lc_spark.parameters import parameter_count
 from lc_spark.systems import HELD_OUT, Training
-from lc_spark.training import checkpoint, loader, metrics, models
+from lc_spark.training import checkpoint, loader, metrics
 from lc_spark.training.learner import Learner
 from lc_spark.training.memory import check_memory
-from lc_spark.training.spec import (
-    LEARNER_FILE,
-    TrainSpec,
-    curves,
-    finished,
-    note_result,
-    note_state,
-)
+from lc_spark.training.saving import keep_model, save
+from lc_spark.training.spec import TrainSpec, curves, finished, note_result, note_state
 from lc_spark.training.start import at_start, go_on
-from lc_spark.training.tensors import save_tensors
 from lc_spark.training.world import World, joined, progress_bar
 
 if TYPE_CHECKING:
@@ -57,7 +50,8 @@ def run_rank(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             except LcSparkError as error:  # on every rank alike: see RankError
                 print(f"rank {world.rank}: {error}", flush=True)
                 if world.rank == 0:
-                    note_state(spec, str(error))
+                    with contextlib.suppress(OSError):  # of a full disk the result tells
+                        note_state(spec, str(error))
                 results.append({"error": str(error)})
     return results
 
@@ -144,16 +138,15 @@ class _Trainer:
             f"{self.settings.batch_size:,} rows: {self.rows:,} rows seen, "
             f"{self.left_over:,} left over"
         )
-        if self.world.rank == 0:
-            note_state(self.spec)
+        save(self.world, lambda: note_state(self.spec))
         self.learner = self._learner()
         first = self._restore() + 1
         for epoch in range(first, self.settings.epochs + 1):
             if not self._stopped_early(epoch):
                 self._epoch(epoch)
         result = self._result()
+        save(self.world, lambda: note_result(self.spec, result))
         if self.world.rank == 0:
-            note_result(self.spec, result)
             checkpoint.remove(self.output / "checkpoint")
         return result
 
@@ -200,11 +193,12 @@ class _Trainer:
                 losses = self._steps(itertools.islice(batches, end - begin), epoch, begin, bar)
                 seconds = time.perf_counter() - started
                 self._look(epoch - 1 + look / looks, losses, seconds)
-        if self.world.rank == 0:
-            state = self.learner.state()
-            progress = {"epochs": self.history}
-            identity = {**self.spec.identity(), "ranks": self.world.size}
-            checkpoint.save(self.output / "checkpoint", epoch, identity, state, progress)
+        save(self.world, lambda: self._save_checkpoint(epoch))
+
+    def _save_checkpoint(self, epoch: int) -> None:
+        identity = {**self.spec.identity(), "ranks": self.world.size}
+        state, progress = self.learner.state(), {"epochs": self.history}
+        checkpoint.save(self.output / "checkpoint", epoch, identity, state, progress)
 
     def _steps(
         self, batches: Iterable[loader.Batch], epoch: int, begin: int, bar: "tqdm[NoReturn]"
@@ -237,11 +231,9 @@ class _Trainer:
             f"{entry['train_loss']:.4f}, valid AUC {entry['valid_auc']:.4f}, valid log loss "
             f"{entry['valid_logloss']:.4f}, {entry['rows'] / seconds:,.0f} rows/s"
         )
-        if self.world.rank == 0 and self._best() is entry:
-            description = {"name": self.spec.name, "best": entry}
-            models.save(self.learner.model, self.output, self.field_map.fingerprint, description)
-            if self.spec.keep_state:
-                save_tensors(self.learner.state(), self.output / LEARNER_FILE)
+        if self._best() is entry:
+            fingerprint = self.field_map.fingerprint
+            save(self.world, lambda: keep_model(self.spec, self.learner, fingerprint, entry))
 
     def _log(self, entry: dict[str, Any]) -> None:
         """Log the numbers after a part of an epoch; the step counts those parts."""

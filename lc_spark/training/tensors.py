@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lc_spark import files
@@ -12,7 +13,7 @@ from lc_spark.files import AnyPath
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath) -> None:
-    """Write tensors by name, whole or not at all."""
+    """Write tensors by name, whole or not at all; raises OSError when there is no room."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if isinstance(path, Path):  # without a second copy of them in memory
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,6 +23,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath) -> None:
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
         finally:
             new.unlink(missing_ok=True)  # the part that found room on a full disk
     else:
