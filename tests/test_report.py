@@ -238,4 +238,4 @@ def test_systems_differ_without_colour() -> None:
 def test_svg_keeps_text_as_text() -> None:
     svg = figures.as_svg(figures.lr_loss([0.69, 0.5]))
     assert svg.startswith("<svg")
-    assert "L-BFGS pass</text>" in svg
+    assert "LR: objective by pass over the data</text>" in svg
