@@ -6,6 +6,7 @@ A line that does not parse is a row all the same, with its text in the column CO
 import datetime
 import functools
 import logging
+from typing import Any
 
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
@@ -58,11 +59,16 @@ def _paths(
 
 
 def _is_there(spark: SparkSession, path: str) -> bool:
+    return bool(_found(spark, path)[1])
+
+
+def _found(spark: SparkSession, path: str) -> tuple[Any, list[Any]]:
+    """Return Hadoop's file system of a path or pattern, and the status of each place that fits."""
     context = spark.sparkContext
     assert context._jvm is not None, "a session is active"
     hadoop_path = context._jvm.org.apache.hadoop.fs.Path(path)
     file_system = hadoop_path.getFileSystem(context._jsc.hadoopConfiguration())
-    return bool(file_system.globStatus(hadoop_path))
+    return file_system, list(file_system.globStatus(hadoop_path) or ())
 
 
 def read_files(spark: SparkSession, settings: Files, paths: list[str], where: str) -> DataFrame:
@@ -92,12 +98,18 @@ def read_files(spark: SparkSession, settings: Files, paths: list[str], where: st
 
 def _refuse_empty_files(spark: SparkSession, paths: list[str], where: str) -> None:
     """Refuse Parquet files of no bytes, as an upload that failed leaves: Spark passes over them."""
-    found = spark.read.format("binaryFile").load(paths).where("length = 0").select("path").head()
-    if found is not None:
-        raise LcSparkError(
-            f"{where}: {found[0]} has 0 bytes, so it is damaged: a Parquet file without rows has "
-            "some. Write it again, or take it out of the folder."
-        )
+    for path in paths:
+        file_system, places = _found(spark, path)
+        for place in places:
+            listed = file_system.listFiles(place.getPath(), True)
+            while listed.hasNext():
+                status = listed.next()
+                name = status.getPath().getName()
+                if status.getLen() == 0 and not name.startswith(("_", ".")):  # Spark's own marks
+                    raise LcSparkError(
+                        f"{where}: {status.getPath()} has 0 bytes, so it is damaged: a Parquet file "
+                        "without rows has some. Write it again, or take it out of the folder."
+                    )
 
 
 def _read_csv(spark: SparkSession, settings: Files, paths: list[str]) -> DataFrame:

@@ -555,14 +555,14 @@ def test_rows_of_one_id_cannot_be_split_and_that_is_said(case: Case) -> None:
 def test_empty_files_a_filter_that_empties_most_ids_that_repeat_and_texts_of_100_kb(
     case: Case,
 ) -> None:
-    n, kept = 200, 80
+    n, kept = 100, 60
     texts = [f"{i % 10:02d}" * 50_000 for i in range(n)]
     none = {"page": pa.array([], pa.string()), "id": pa.array([], pa.int64())}
     case.write(**none, label=pa.array([], pa.int64()))
     for _ in range(3):
         case.write(page=texts, id=np.arange(n) // 2)
         case.write(**none, label=pa.array([], pa.int64()))
-    source = {"row_id": ["id"], "reject": {"old": f"id >= {kept // 2}"}, "max_rejected": 0.9}
+    source = {"row_id": ["id"], "reject": {"old": f"id >= {kept // 2}"}, "max_rejected": 0.5}
     config = case.config([categorical("page")], source=source)
     made = case.run(config, *FEATURES)
     assert made["ingest"]["source_rows"] == 3 * n
@@ -592,16 +592,25 @@ def test_a_table_without_rows_is_refused(case: Case) -> None:
     assert not tables.exists(case.spark, config, "raw")
 
 
-def test_a_day_without_rows_and_a_split_of_one_row(case: Case) -> None:
-    days = [datetime.date(2024, 4, day) for day in (1, 2, 3, 4)]
+def test_a_day_without_rows_leaves_the_days_before(case: Case) -> None:
+    day = datetime.date(2024, 4, 1)
+    case.write(site=["a", "b"] * (N // 2), day=[day] * N)
+    config = case.config([categorical("site")], source={"date": "day"})
+    case.run(config.for_day(day), "ingest")
+    before = tables.version(case.spark, config, "raw")
+    said = case.refused(config.for_day(day + datetime.timedelta(days=1)), "ingest")
+    assert said.startswith("The source has no rows (for this date)")
+    assert tables.version(case.spark, config, "raw") == before
+    assert tables.read(case.spark, config, "raw").count() == N
+
+
+@pytest.mark.slow
+def test_a_split_of_one_row_is_refused_with_its_number(case: Case) -> None:
+    days = [datetime.date(2024, 4, day) for day in (1, 2, 3)]
     case.write(site=["a", "b"] * (N // 2), day=[days[0]] * (N - 11) + [days[1]] + [days[2]] * 10)
     split = {"by": "date", "valid_from": "2024-04-02", "test_from": "2024-04-03"}
     config = case.config([categorical("site")], source={"date": "day"}, split=split)
     case.run(config, "ingest")
-    before = tables.version(case.spark, config, "raw")
-    said = case.refused(config.for_day(days[3]), "ingest")
-    assert said.startswith("The source has no rows (for this date)")
-    assert tables.version(case.spark, config, "raw") == before
     said = case.refused(config, "features")
     assert said.startswith("The valid split has 1 parts for 2 ranks: it has too few rows")
     assert not (config.workspace_path / "shards" / "manifest.json").exists()
