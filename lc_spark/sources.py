@@ -107,8 +107,8 @@ def _refuse_empty_files(spark: SparkSession, paths: list[str], where: str) -> No
                 name = status.getPath().getName()
                 if status.getLen() == 0 and not name.startswith(("_", ".")):  # Spark's own marks
                     raise LcSparkError(
-                        f"{where}: {status.getPath()} has 0 bytes, so it is damaged: a Parquet file "
-                        "without rows has some. Write it again, or take it out of the folder."
+                        f"{where}: {status.getPath()} has 0 bytes, so it is damaged: a Parquet "
+                        "file without rows has some. Write it again, or take it out of the folder."
                     )
 
 
