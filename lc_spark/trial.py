@@ -1,6 +1,7 @@
 """Counts the rows of the source, draws a sample of them, and times the stages' own work on it."""
 
 import contextlib
+import dataclasses
 import datetime
 import time
 from collections.abc import Iterator
@@ -12,12 +13,12 @@ from pyspark.sql import functions as F
 
 from lc_spark import files, ingest, resources, rows, tables
 from lc_spark.config import Config
-from lc_spark.encoder import Vocabulary
 from lc_spark.errors import LcSparkError
 from lc_spark.features.fit import fit_features
 from lc_spark.features.shards import write_shards
-from lc_spark.features.sizes import PlannedFields, hashed_map, plan_fields
+from lc_spark.features.sizes import PlannedFields, plan_fields
 from lc_spark.features.vectors import shard_vectors
+from lc_spark.field_map import FieldMap
 from lc_spark.sources import read_source
 from lc_spark.training import lr
 
@@ -25,7 +26,7 @@ SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000  # rows times fields
 TIMED_ROWS = 50_000  # of the sample, that stages are timed on
 TIMED_CELLS = 3_000_000
-PART = 0.25  # of those: the time for a part and for all tells seconds from seconds a row
+PART = 0.25  # of those, for LR: the time for a part and for all tells seconds from seconds a row
 LR_PASSES = 3
 
 
@@ -132,10 +133,9 @@ def _workspace(config: Config) -> Iterator[Config]:
 def _time_stages(
     spark: SparkSession, there: Config, timed_df: DataFrame, fields: PlannedFields
 ) -> tuple[Line, Line, Line, Line, dict[str, float], int]:
-    """Time what the stages do on a part of the rows and on all, in a workspace of its own.
+    """Time what the stages do on some rows, in a workspace of its own.
 
-    LR is timed on rows that are hashed to features of the planned number: the cost of a pass has
-    a part that grows with d.
+    LR is timed over as many features as are planned: a pass has a part that grows with d.
     """
     raw = files.uri(there.workspace_path / "sample")
     started = time.perf_counter()
@@ -143,22 +143,15 @@ def _time_stages(
     seconds = time.perf_counter() - started
     raw_df = tables.with_places(spark.read.parquet(raw))
     n = raw_df.count()
-    write = Line(0.0, seconds / n)
-    part_df = raw_df.sample(PART, there.seed).persist(StorageLevel.DISK_ONLY)
-    n_part = part_df.count()
-    # The first time Spark compiles and starts Python workers, as it will in the run.
-    cold = _features_seconds(part_df, there)
-    warm = _line(_features_seconds(part_df, there), n_part, _features_seconds(raw_df, there), n)
-    features = Line(max(0.0, cold - warm.a_row * n_part), warm.a_row)
-    part_df.unpersist()
-    planned = hashed_map(fields.field_map)
-    write_shards(raw_df, planned, Vocabulary({}), there, 0)
+    features, fitted = _time_features(raw_df, there, n)
+    sizes = zip(fitted.fields, fields.field_map.fields, strict=True)
+    grown = [dataclasses.replace(i, size=max(i.size, planned.size)) for i, planned in sizes]
     folder = there.run_path / "vectors"
     started = time.perf_counter()
-    train_df = shard_vectors(spark, there, planned, "train", files.uri(folder))
+    train_df = shard_vectors(spark, there, FieldMap(tuple(grown)), "train", files.uri(folder))
     n_train = train_df.count()
     vectors = Line(0.0, (time.perf_counter() - started) / n_train)
-    sizes = {
+    bytes_a_row = {
         "raw": resources.folder_bytes(there.workspace_path / "sample") / n,
         "shards": resources.folder_bytes(there.run_path / "shards") / n,
         "vectors": resources.folder_bytes(folder) / n_train,
@@ -171,16 +164,28 @@ def _time_stages(
         fit, _ = lr.fit_lr(df, few, max(there.lr.l2))
         times.append((fit.seconds / (fit.iterations + 1), n_fit))
         df.unpersist()
-    return write, features, vectors, _line(*times[0], *times[1]), sizes, n
+    write = Line(0.0, seconds / n)
+    return write, features, vectors, _line(*times[0], *times[1]), bytes_a_row, n
 
 
-def _features_seconds(raw_df: DataFrame, there: Config) -> float:
-    started = time.perf_counter()
+def _time_features(raw_df: DataFrame, there: Config, n: int) -> tuple[Line, FieldMap]:
+    """Time the features stage; what its tasks took grows with the rows, the rest does not."""
+    spark = raw_df.sparkSession
+    started, tasks = time.perf_counter(), _task_seconds(spark)
     train_df = raw_df.where(ingest.split_column(there) == "train")
     fitted = fit_features(train_df, there.fields, there.seed)
     tables.write(fitted.levels_df, there, "vocabulary", ("field",))
     write_shards(raw_df, fitted.field_map, fitted.vocabulary, there, 0)
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    in_tasks = (_task_seconds(spark) - tasks) / spark.sparkContext.defaultParallelism
+    return Line(max(0.0, seconds - in_tasks), min(in_tasks, seconds) / n), fitted.field_map
+
+
+def _task_seconds(spark: SparkSession) -> float:
+    """Return the seconds that all tasks of the session took until now, added up."""
+    executors = spark.sparkContext._jsc.sc().statusStore().executorList(False)
+    total = sum(int(executors.apply(i).totalDuration()) for i in range(executors.size()))
+    return total / 1000
 
 
 def _line(seconds: float, n: int, more_seconds: float, more: int) -> Line:

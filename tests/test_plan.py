@@ -18,7 +18,7 @@ from lc_spark.config import Config
 from lc_spark.distinct import Estimate
 from lc_spark.errors import LcSparkError
 from lc_spark.features.shards import read_field_map, read_manifest
-from lc_spark.features.sizes import PlannedFields, hashed_map, plan_fields
+from lc_spark.features.sizes import PlannedFields, plan_fields
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.parameters import parameter_count
 from lc_spark.plan import Machine, Plan, of_trial
@@ -127,13 +127,6 @@ def test_from_all_rows_every_size_is_exact(
     sizes = {info.name: info.size for info in field_map.fields}
     assert {info.name: info.size for info in found.field_map.fields} == sizes
     assert found.d_between() == (field_map.d, field_map.d)
-
-
-@pytest.mark.slow
-def test_a_hashed_map_has_the_same_sizes_and_needs_no_vocabulary(planned: Plan) -> None:
-    hashed = hashed_map(planned.field_map)
-    assert [info.size for info in hashed.fields] == [i.size for i in planned.field_map.fields]
-    assert not any(info.has_vocabulary for info in hashed.fields)
 
 
 @pytest.mark.slow

@@ -93,16 +93,6 @@ def plan_fields(sample_df: DataFrame, fields: Sequence[AnyField], train_rows: in
     return PlannedFields(FieldMap(tuple(sized)), estimates, n, train_rows)
 
 
-def hashed_map(planned: FieldMap) -> FieldMap:
-    """Return a map of the same sizes that encodes any value, without a vocabulary."""
-    return FieldMap(
-        tuple(
-            dataclasses.replace(info, hashed=info.size - 1) if info.has_vocabulary else info
-            for info in planned.fields
-        )
-    )
-
-
 def _unsized(field: AnyField, column_type: str) -> FieldInfo:
     assert not isinstance(field, Crossed), "crosses are made of encoded fields"
     hashed = None if isinstance(field, Bucketed | Continuous) else field.hashed
