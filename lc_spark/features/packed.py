@@ -4,7 +4,10 @@ Spark handles a row value by value, so that moving 158 encoded columns through i
 Parquet writer took longer than to encode them. One value of 158 x 4 bytes costs it next to nothing.
 """
 
+import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,8 +116,12 @@ def part_writer(folder: str, field_map: FieldMap) -> Callable[[Batches], Batches
         split, part = table["split"][0].as_py(), table["__part"][0].as_py()
         path = as_path(folder) / f"split={split}" / f"part-{part:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        # Under a name of its own first: a worker may outlive its executor while the task runs again.
+        own = path.with_name(f".{path.name}.{uuid.uuid4().hex}") if isinstance(path, Path) else path
+        with own.open("wb") as file:
             pq.write_table(pa.table(columns), file, row_group_size=len(order), compression="zstd")
+        if isinstance(own, Path):
+            os.replace(own, str(path))
         yield pa.RecordBatch.from_pydict({"rows": [len(order)]})
 
     return write
