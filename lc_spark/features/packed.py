@@ -116,7 +116,7 @@ def part_writer(folder: str, field_map: FieldMap) -> Callable[[Batches], Batches
         split, part = table["split"][0].as_py(), table["__part"][0].as_py()
         path = as_path(folder) / f"split={split}" / f"part-{part:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own first: a worker may outlive its executor while the task runs again.
+        # Under another name first: a worker may outlive its executor while the task runs again.
         own = path.with_name(f".{path.name}.{uuid.uuid4().hex}") if isinstance(path, Path) else path
         with own.open("wb") as file:
             pq.write_table(pa.table(columns), file, row_group_size=len(order), compression="zstd")
