@@ -21,6 +21,8 @@ from lc_spark.files import AnyPath
 
 NO_SPACE = r"No space left on device|database or disk is full|Disk quota exceeded"
 WRITING_TO = r"writing rows to (\S+?)\.? SQLSTATE"
+# Of a part file that Python writes, in a task whose stack trace may name the classes below.
+WRITING_PART = r"No space left on device, while writing (\S+) \."
 # Of Spark's classes that write to spark.local.dir.
 SPILLING = r"DiskBlockObjectWriter|ShuffleWriter|SpillWriter|DiskStore|IndexShuffleBlockResolver"
 JAVA_MEMORY = r"java\.lang\.OutOfMemoryError|SparkOutOfMemoryError"
@@ -121,8 +123,10 @@ def _full_disk(words: str, settings: Settings, workspace: AnyPath | None) -> str
     present = [
         (name, shutil.disk_usage(folder)) for name, folder in folders.items() if folder.exists()
     ]
-    to = re.search(WRITING_TO, words)
-    if re.search(SPILLING, words):
+    part, to = re.search(WRITING_PART, words), re.search(WRITING_TO, words)
+    if part:
+        full = part[1]
+    elif re.search(SPILLING, words):
         full = f"spark.local.dir {spills}"
     elif to:
         full = to[1]

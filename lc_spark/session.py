@@ -37,6 +37,8 @@ SETTINGS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     # Tables are read whole or by partition: no use for the range of each column in each file.
     "spark.databricks.delta.properties.defaults.dataSkippingNumIndexedCols": "0",
+    # Spark waits for ever where the thread that ran out of memory was one of its schedulers'.
+    "spark.driver.defaultJavaOptions": "-XX:+ExitOnOutOfMemoryError",
     # Each task of LR returns a gradient of d doubles.
     "spark.driver.maxResultSize": "0",
     "spark.ui.showConsoleProgress": "true",
@@ -88,7 +90,7 @@ def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
     _quieten(spark)
-    logging.getLogger("py4j").setLevel(logging.WARNING)
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what it logs it raises as well
     # It writes a page of JSON before each error that ends in one of our sentences.
     logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
     return spark

@@ -118,8 +118,13 @@ def part_writer(folder: str, field_map: FieldMap) -> Callable[[Batches], Batches
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under another name first: a worker may outlive its executor while the task runs again.
         own = path.with_name(f".{path.name}.{uuid.uuid4().hex}") if isinstance(path, Path) else path
-        with own.open("wb") as file:
-            pq.write_table(pa.table(columns), file, row_group_size=len(order), compression="zstd")
+        try:
+            with own.open("wb") as file:
+                pq.write_table(pa.table(columns), file, len(order), compression="zstd")
+        except OSError as error:
+            if isinstance(own, Path):
+                own.unlink(missing_ok=True)
+            raise OSError(error.errno, f"{error.strerror}, while writing {path} .") from error
         if isinstance(own, Path):
             os.replace(own, str(path))
         yield pa.RecordBatch.from_pydict({"rows": [len(order)]})
