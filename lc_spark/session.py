@@ -19,6 +19,9 @@ from lc_spark.errors import LcSparkError
 OLDEST_JAVA = 17
 LEAST_MEMORY = 450  # MiB of heap, below which Spark does not start
 
+# A batch on its way to a Python worker: of thousands of fields, 65,536 rows would be a gigabyte.
+BATCH_ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch"
+MOST_CELLS, LEAST_ROWS = 20_000_000, 1024
 # conf/spark.conf gives spark-submit the same; a test holds them together.
 SETTINGS = {
     "spark.jars.packages": "io.delta:delta-spark_2.13:4.0.1",
@@ -27,7 +30,7 @@ SETTINGS = {
     # A row that an expression cannot take must become null and be counted, not end the job.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.session.timeZone": "UTC",
-    "spark.sql.execution.arrow.maxRecordsPerBatch": "65536",
+    BATCH_ROWS: "65536",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     "spark.sql.parquet.compression.codec": "zstd",
     # Columns of many values give their dictionary up soon: writing them took half the time with
@@ -54,7 +57,11 @@ REPEATING = (
 
 def start(config: Config) -> SparkSession:
     """Return the session of a config: as ``start_for`` does, a local one with a core a rank."""
-    return start_for(config.name, config.spark, config.most_ranks)
+    spark = start_for(config.name, config.spark, config.most_ranks)
+    if spark.conf.get(BATCH_ROWS) == SETTINGS[BATCH_ROWS]:  # and nobody's own choice
+        rows = min(int(SETTINGS[BATCH_ROWS]), MOST_CELLS // len(config.fields))
+        spark.conf.set(BATCH_ROWS, max(rows, LEAST_ROWS))
+    return spark
 
 
 def start_for(name: str, settings: Spark, ranks: int = 1) -> SparkSession:

@@ -14,6 +14,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from lc_spark import config_file, paper_logs, pipeline
+from lc_spark.field_kinds import Continuous, Crossed
 from lc_spark.paper_logs import SHAPES, draw_block, plan_log
 
 APPDATA = SHAPES["appdata"]
@@ -94,6 +95,10 @@ def test_feedsdata_has_its_many_fields() -> None:
     numbers = [name for name in log.column_names if name.startswith("n")]
     assert len(numbers) == 1_413
     assert all(log[name].type == pa.float64() for name in numbers)
+    fields = config_file.load(CONF.with_name("feedsdata.yaml")).fields
+    asked = [f.column for f in fields if not isinstance(f, Crossed)]
+    assert asked == [name for name in log.column_names if name[0] in "cn" and name != "clicked"]
+    assert [f.name for f in fields if isinstance(f, Continuous)] == numbers
 
 
 @pytest.mark.slow

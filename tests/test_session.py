@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEFAULTS
+from conftest import DEFAULTS, ConfigMaker
 from pyspark.sql import SparkSession
 
 from lc_spark import session
@@ -115,3 +115,18 @@ def test_the_session_has_the_settings_and_delta(spark: SparkSession) -> None:
     assert spark.conf.get(key) == own[key] != session.SETTINGS[key], "the config's own one wins"
     assert spark.sparkContext.getConf().get("spark.driver.bindAddress") == "127.0.0.1"
     assert spark.sparkContext.pythonExec == sys.executable
+
+
+def test_batches_of_very_many_fields_have_fewer_rows(
+    spark: SparkSession, make_config: ConfigMaker
+) -> None:
+    fields = [{"name": f"f{i}", "kind": "continuous"} for i in range(2_311)]
+    at_first = spark.conf.get(session.BATCH_ROWS)
+    try:
+        session.start(make_config({"fields": fields}))
+        assert spark.conf.get(session.BATCH_ROWS) == str(20_000_000 // 2_311)
+        spark.conf.set(session.BATCH_ROWS, "50000")
+        session.start(make_config({"fields": fields}))
+        assert spark.conf.get(session.BATCH_ROWS) == "50000", "what somebody chose stays"
+    finally:
+        spark.conf.set(session.BATCH_ROWS, str(at_first))
