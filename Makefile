@@ -7,7 +7,7 @@ BIN := .venv/bin
 UV := $(shell sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)
 
 .PHONY: help env airflow-env airflow-demo demo demo-by-day ui wheel cluster-demo test \
-	test-fast check format lock clean
+	test-fast bench check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ test: check airflow-env ## everything that CI checks
 
 test-fast: env ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+bench: demo ## the benchmarks of scale and speed, one after the other: hours on a quiet machine
+	$(BIN)/python tests/benchmarks/bench.py
 
 check: env ## ruff and mypy
 	$(BIN)/ruff check .
