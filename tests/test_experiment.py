@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ConfigMaker
+from conftest import DEFAULTS, ConfigMaker
 from pyspark.sql import SparkSession
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -144,12 +144,14 @@ def test_a_lr_past_without_days_and_a_seed_named_twice_are_refused(
 @pytest.fixture(scope="module")
 def yaml_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
-    datasets.flights().sample(20_000, random_state=7).to_parquet(folder / "flights.parquet")
+    datasets.flights().sample(8_000, random_state=7).to_parquet(folder / "flights.parquet")
     settings = yaml.safe_load((ROOT / "conf" / "flights.yaml").read_text())
     settings["workspace"] = str(folder / "workspace")
     settings["source"] |= {"dataset": None, "path": str(folder / "flights.parquet")}
     settings["training"] |= {"epochs": 2, "batch_size": 64, "hidden": [16, 8]}
-    settings["lr"]["l2"] = [1e-3, 1e-4]
+    settings["lr"] |= {"l2": [1e-3, 1e-4], "max_iterations": 20}
+    settings["shards"] = {"folds": 3}
+    settings["spark"] = DEFAULTS["spark"]
     settings["experiment"] = {
         "seeds": [1, 2],
         "starts": ["random", "lr", "lr_cross_fitted"],

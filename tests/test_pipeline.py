@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from conftest import DEFAULTS
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -50,7 +51,8 @@ def yaml_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["workspace"] = str(folder / "workspace")
     settings["source"] |= {"dataset": None, "path": str(folder / "flights.parquet")}
     settings["training"] |= {"epochs": 2, "batch_size": 64}
-    settings["lr"]["l2"] = 1e-3  # so few rows need more of it
+    settings["lr"] |= {"l2": 1e-3, "max_iterations": 30}  # so few rows need more of the first
+    settings["spark"] = DEFAULTS["spark"]
     settings["systems"] = ["lr", "lc_dnn", "lc_wd"]
     path = folder / "flights.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -67,7 +67,7 @@ def mlp_turn(f: int, settings: Training) -> Turn:
     """Return a turn of the MLP alone."""
     torch.manual_seed(0)
     mlp = Mlp(f, settings.hidden, settings.batch_norm, settings.dropout)
-    adamw = torch.optim.AdamW(mlp.parameters(), lr=settings.learning_rate)
+    adamw = torch.optim.AdamW(mlp.parameters(), lr=settings.learning_rate, fused=True)
     x, labels = torch.randn(settings.batch_size, f), torch.zeros(settings.batch_size)
     bfloat16 = settings.precision == "bfloat16"
 
