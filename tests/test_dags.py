@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +150,15 @@ def saturday(made: Made) -> str:
 
 @pytest.fixture(scope="module")
 def server(made: Made, saturday: str) -> Iterator[Airflow]:
-    """The same Airflow with its processes; the daily DAG may run."""
+    """The same Airflow with its processes; the daily DAG may run. Its jobs need no cluster.
+
+    Saturday's were on one: each of them starts an executor, which takes as long as its work.
+    """
     assert saturday
-    with running(made.airflow):
-        made.airflow.api("dags/lc_spark_daily", "PATCH", {"is_paused": False})
-        yield made.airflow
+    airflow = replace(made.airflow, variables={**made.airflow.variables, **LOCAL})
+    with running(airflow):
+        airflow.api("dags/lc_spark_daily", "PATCH", {"is_paused": False})
+        yield airflow
 
 
 def state(spark: SparkSession, made: Made) -> dict[str, Any]:
