@@ -124,7 +124,8 @@ def part_writer(folder: str, field_map: FieldMap) -> Callable[[Batches], Batches
         except OSError as error:
             if isinstance(own, Path):
                 own.unlink(missing_ok=True)
-            raise OSError(error.errno, f"{error.strerror}, while writing {path} .") from error
+            said = error.strerror or str(error)  # an object store's errors have no number
+            raise OSError(error.errno, f"{said}, while writing {path} .") from error
         if isinstance(own, Path):
             os.replace(own, str(path))
         yield pa.RecordBatch.from_pydict({"rows": [len(order)]})

@@ -57,7 +57,7 @@ def machine() -> str:
     memory = psutil.virtual_memory().total / 2**30
     packages = ", ".join(f"{name} {version(name)}" for name in ("pyspark", "torch", "pyarrow"))
     return (
-        f"{len(names)} cores of {names[0]}, {memory:.0f} GiB of memory; Python "
+        f"{psutil.cpu_count()} cores of {names[0] if names else platform.machine()}, {memory:.0f} GiB of memory; Python "
         f"{platform.python_version()}, {packages}"
     )
 
