@@ -57,7 +57,8 @@ def machine() -> str:
     memory = psutil.virtual_memory().total / 2**30
     packages = ", ".join(f"{name} {version(name)}" for name in ("pyspark", "torch", "pyarrow"))
     return (
-        f"{psutil.cpu_count()} cores of {names[0] if names else platform.machine()}, {memory:.0f} GiB of memory; Python "
+        f"{psutil.cpu_count()} cores of {names[0] if names else platform.machine()}, "
+        f"{memory:.0f} GiB of memory; Python "
         f"{platform.python_version()}, {packages}"
     )
 
