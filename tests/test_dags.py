@@ -1,9 +1,10 @@
 """The DAGs in a real Airflow, with real jobs on some of the flights: good days and bad ones.
 
-Good: Saturday by `airflow dags test`, Saturday again, from scratch, by the weekly DAG, and Monday,
-while Sunday is missing and the gate says no, by a backfill.
+Good: a task on a standalone cluster, Saturday from scratch by the weekly DAG, and Monday, while
+Sunday is missing and the gate says no, by a backfill. All stages on a cluster: tests/test_cluster.
 """
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -23,7 +24,7 @@ import yaml
 from local_airflow import BIN, Airflow, connection, new_airflow, running
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
-from standalone_cluster import standalone_cluster
+from standalone_cluster import Cluster, standalone_cluster
 
 from lc_spark import config_file, datasets, registry, tables
 from lc_spark.config import Config
@@ -67,9 +68,10 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Made:
-    """What the tests share: an Airflow, and the config that its tasks use."""
+    """What the tests share: an Airflow on a cluster, and the config that its tasks use."""
 
     airflow: Airflow
+    cluster: Cluster
     config: Config
     config_path: Path
 
@@ -115,7 +117,7 @@ def config_path(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def made(folder: Path, config_path: Path) -> Iterator[Made]:
-    """An Airflow on a cluster, without its server yet, whose Variable names the tiny config."""
+    """An Airflow on a cluster, without its server, whose Variable names the tiny config."""
     properties = folder / "tiny.conf"
     properties.write_text(
         (ROOT / "conf" / "cluster.conf").read_text()
@@ -137,39 +139,80 @@ def made(folder: Path, config_path: Path) -> Iterator[Made]:
     }
     with standalone_cluster(folder / "cluster") as cluster:
         airflow = new_airflow(folder / "airflow", cluster.master, settings)
-        yield Made(airflow, config_file.load(config_path), config_path)
+        yield Made(airflow, cluster, config_file.load(config_path), config_path)
 
 
 @pytest.fixture(scope="module")
-def saturday(made: Made) -> str:
-    """The output of Saturday's run by `airflow dags test`."""
-    done = made.run_day(SATURDAY)
+def ingested(made: Made, spark: SparkSession) -> dict[datetime.date, int]:
+    """Rows of each day of `raw` after a task of Saturday's on the cluster."""
+    done = made.airflow.run("tasks", "test", "lc_spark_daily", "ingest", str(SATURDAY + ONE_DAY))
     assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    assert jobs_begun(done.stdout) == ["ingest"]
+    return rows_by_day(spark, made, "raw")
 
 
-@pytest.fixture(scope="module")
-def server(made: Made, saturday: str) -> Iterator[Airflow]:
-    """The same Airflow with its processes; the daily DAG may run. Its jobs need no cluster.
-
-    Saturday's were on one: each of them starts an executor, which takes as long as its work.
+@contextlib.contextmanager
+def serving(made: Made) -> Iterator[Airflow]:
+    """The same Airflow with its processes; the daily DAG may run. Its jobs need no cluster:
+    there each of them would start an executor, which takes as long as its work.
     """
-    assert saturday
     airflow = replace(made.airflow, variables={**made.airflow.variables, **LOCAL})
     with running(airflow):
         airflow.api("dags/lc_spark_daily", "PATCH", {"is_paused": False})
         yield airflow
 
 
+@dataclass(frozen=True)
+class Refit:
+    """What Airflow tells of Saturday's run by the weekly DAG."""
+
+    week: dict[str, Any]
+    day: dict[str, Any]
+    tasks: list[tuple[str, str]]  # id, state
+    logs: dict[str, str]  # by task
+
+
+@pytest.fixture(scope="module")
+def saturday(made: Made, ingested: dict[datetime.date, int]) -> Refit:
+    """Saturday, run from scratch by the weekly DAG; Airflow's server has ended again."""
+    assert ingested
+    with serving(made) as server:
+        first = str(SATURDAY - 6 * ONE_DAY)
+        (week,) = server.backfill("lc_spark_weekly", first, str(SATURDAY), 900)
+        (day,) = server.runs("lc_spark_daily")[-1:]
+        tasks = [
+            (t["task_id"], t["state"]) for t in server.tasks("lc_spark_daily", day["dag_run_id"])
+        ]
+        logs = {
+            task: server.task_log("lc_spark_daily", day["dag_run_id"], task)
+            for task, state in tasks
+            if state in ("success", "failed")
+        }
+    assert week["state"] == "success", [log[-3000:] for log in logs.values()][-1:]
+    return Refit(week, day, tasks, logs)
+
+
+@pytest.fixture
+def server(made: Made, saturday: Refit) -> Iterator[Airflow]:
+    """The Airflow with its processes, after Saturday."""
+    assert saturday
+    with serving(made) as airflow:
+        yield airflow
+
+
+def rows_by_day(
+    spark: SparkSession, made: Made, table: tables.TableName
+) -> dict[datetime.date, int]:
+    rows = tables.read(spark, made.config, table).groupBy("date").count().collect()
+    return {row["date"]: row["count"] for row in rows}
+
+
 def state(spark: SparkSession, made: Made) -> dict[str, Any]:
     """What a failed day must leave as it is: the champion, and the rows of every day."""
     champion = registry.with_alias(made.config, registry.CHAMPION)
     assert champion is not None
-    counted: dict[str, Any] = {"champion": champion.version}
-    for table in ("raw", "scores"):
-        rows = tables.read(spark, made.config, table).groupBy("date").count().collect()
-        counted[table] = {row["date"]: row["count"] for row in rows}
-    return counted
+    rows = {table: rows_by_day(spark, made, table) for table in ("raw", "scores")}
+    return {"champion": champion.version, **rows}
 
 
 def test_the_dags_import_airflow_alone_and_a_missing_connection_is_named(made: Made) -> None:
@@ -190,15 +233,31 @@ def test_the_dags_import_airflow_alone_and_a_missing_connection_is_named(made: M
     assert "`lc_spark` isn't defined" in found["without_connection"]
 
 
-def test_a_day_runs_every_job_and_each_log_has_the_address_of_the_mlflow_run(
-    saturday: str, made: Made, spark: SparkSession
+def test_a_task_runs_on_the_cluster(ingested: dict[datetime.date, int], made: Made) -> None:
+    executors = list(made.cluster.folder.glob("worker-*/app-*/*/stderr"))
+    assert any("Running task" in path.read_text() for path in executors)
+    assert set(ingested) == {SATURDAY - ONE_DAY, SATURDAY}
+
+
+def test_the_weekly_refit_runs_every_job_of_its_day_from_scratch(
+    saturday: Refit, ingested: dict[datetime.date, int], made: Made, spark: SparkSession
 ) -> None:
-    assert jobs_begun(saturday) == JOBS
-    addresses = re.findall(r"started; MLflow run +(\S+ in sqlite:\S+|http\S+)", saturday)
-    assert len(addresses) == len(JOBS)
+    assert saturday.tasks == [(job, "success") for job in JOBS]
+    assert saturday.day["dag_run_id"].startswith("weekly__")
+    assert saturday.day["conf"] == {"refresh": "scratch", "date": str(SATURDAY)}
+    log = saturday.logs["build_features"]
+    assert f"--date {SATURDAY} --set refresh.mode=scratch" in log
     found = state(spark, made)
     assert set(found["scores"]) == {SUNDAY}
-    assert set(found["raw"]) == {SATURDAY - ONE_DAY, SATURDAY}
+    assert found["raw"] == ingested  # a day ingested twice has its rows once
+
+
+def test_each_log_has_the_address_of_the_mlflow_run(saturday: Refit) -> None:
+    for job in JOBS:
+        addresses = re.findall(
+            r"started; MLflow run +(\S+ in sqlite:\S+|http\S+)", saturday.logs[job]
+        )
+        assert len(addresses) == 1, job
 
 
 @pytest.mark.parametrize(
@@ -207,7 +266,7 @@ def test_a_day_runs_every_job_and_each_log_has_the_address_of_the_mlflow_run(
     ids=["no rows", "broken"],
 )
 def test_a_day_without_rows_or_of_a_broken_file_ends_at_ingest(
-    content: bytes, sentence: str, saturday: str, made: Made, spark: SparkSession
+    content: bytes, sentence: str, saturday: Refit, made: Made, spark: SparkSession
 ) -> None:
     assert saturday
     before = state(spark, made)
@@ -224,7 +283,7 @@ def test_a_day_without_rows_or_of_a_broken_file_ends_at_ingest(
     assert state(spark, made) == before
 
 
-def test_a_run_beside_another_one_is_refused(saturday: str, made: Made) -> None:
+def test_a_run_beside_another_one_is_refused(saturday: Refit, made: Made) -> None:
     assert saturday
     with Path(made.config.workspace, "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -272,27 +331,6 @@ def working_on(config: Path) -> list[str]:
             # Not by exe, which psutil keeps: spark-submit is a shell that becomes Java.
             found.append(Path(command[0]).name.rstrip("0123456789."))
     return found
-
-
-def test_the_weekly_refit_runs_its_day_again_from_scratch(
-    server: Airflow, made: Made, spark: SparkSession
-) -> None:
-    before = state(spark, made)
-    first = str(SATURDAY - 6 * ONE_DAY)
-    (week,) = server.backfill("lc_spark_weekly", first, str(SATURDAY), 900)
-    assert week["state"] == "success", server.task_log(
-        "lc_spark_weekly", week["dag_run_id"], "refit_from_scratch"
-    )
-    refit = next(r for r in server.runs("lc_spark_daily") if r["dag_run_id"].startswith("weekly__"))
-    assert refit["conf"] == {"refresh": "scratch", "date": str(SATURDAY)}
-    tasks = server.tasks("lc_spark_daily", refit["dag_run_id"])
-    assert [(t["task_id"], t["state"]) for t in tasks] == [(job, "success") for job in JOBS]
-    log = server.task_log("lc_spark_daily", refit["dag_run_id"], "build_features")
-    assert f"--date {SATURDAY} --set refresh.mode=scratch" in log
-    # The day was run twice: the same rows, once; the newer model took over.
-    after = state(spark, made)
-    assert {**after, "champion": None} == {**before, "champion": None}
-    assert int(after["champion"]) == int(before["champion"]) + 1
 
 
 def test_a_backfilled_day_goes_on_without_yesterday_and_the_gate_may_stop_it(
