@@ -48,10 +48,10 @@ def run(
     ] = None,
 ) -> None:
     """Run all stages: ingest, features, LR, LC systems, evaluation, report, gate, promotion."""
-    from lc_spark import pipeline, process, report, session
-
     settings = config_file.load(config, overrides)
     days = _days(date, until)
+    from lc_spark import pipeline, process, session
+
     spark = session.start(settings)
     with process.only_one(settings):
         for day in days:
@@ -60,6 +60,8 @@ def run(
                 for stage in pipeline.RUN_STAGES
             }
     spark.stop()
+    from lc_spark import report
+
     facts = made["evaluate"]
     wide_console.print(report.result_table(facts["results"], facts["best"]))
     console.print(f"Report      {facts['report']}", soft_wrap=True)
@@ -235,9 +237,9 @@ def job(stage: str) -> None:
     """Run one stage as a spark-submit entry point: ``--config F [--date D] [--set k=v]``."""
 
     def stage_command(config: ConfigOption, date: Day = None, overrides: Overrides = None) -> None:
+        settings = config_file.load(config, overrides).for_day(date and date.date())
         from lc_spark import pipeline, process, session
 
-        settings = config_file.load(config, overrides).for_day(date and date.date())
         process.end_with_parent()
         spark = session.start(settings)
         with process.only_one(settings):

@@ -42,6 +42,12 @@ RESULT_SCHEMA = {
 }
 
 
+def evaluate_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
+    """Test shards and models -> Delta test_scores and evaluation, report, registered winner."""
+    with tracking.stage(config, parent, "evaluate") as run:
+        return evaluate_systems(spark, config, run)
+
+
 def evaluate_systems(spark: SparkSession, config: Config, run: StageRun) -> Facts:
     """Evaluate all systems of the config; return the stage's facts, results among them.
 

@@ -3,18 +3,32 @@
 A stage notes its facts in ``workspace/stages`` and logs in one line what it made.
 """
 
+import importlib
 import logging
 import time
+from collections.abc import Callable
 
 from pyspark.sql import SparkSession
 
 from lc_spark import facts, failures, files, resources, tracking
 from lc_spark.config import Config
 from lc_spark.facts import Facts
-from lc_spark.stages import STAGES
 
 log = logging.getLogger("lc_spark")
 
+Stage = Callable[[SparkSession, Config, str], Facts]
+# A stage's module is imported when it runs: torch and matplotlib take seconds, and ingest and
+# features, a job each, need neither.
+MODULES = {
+    "ingest": "stages",
+    "features": "stages",
+    "train_lr": "training_stages",
+    "train_lc": "training_stages",
+    "evaluate": "evaluate",
+    "gate": "gate",
+    "promote": "gate",
+    "score": "scoring",
+}
 RUN_STAGES = ("ingest", "features", "train_lr", "train_lc", "evaluate", "gate", "promote")
 
 
@@ -31,6 +45,7 @@ def run_stage(name: str, spark: SparkSession, config: Config, parent: str | None
 
 def _run(name: str, spark: SparkSession, config: Config, parent: str | None) -> Facts:
     under = parent or _parent_run(config, new=name == "ingest")
+    stage: Stage = getattr(importlib.import_module(f"lc_spark.{MODULES[name]}"), f"{name}_stage")
     facts.forget(config, name)
     log.info("%s: started; MLflow run %s", name, tracking.address_of(config, under))
     # Spark's pages tell whose job it was. Not by setJobGroup: its description would take the place
@@ -39,7 +54,7 @@ def _run(name: str, spark: SparkSession, config: Config, parent: str | None) -> 
     began, started = time.time(), time.perf_counter()
     try:
         with resources.watched() as peak:
-            made = STAGES[name](spark, config, under)
+            made = stage(spark, config, under)
     except BaseException:
         tracking.fail_run(config, under)
         raise

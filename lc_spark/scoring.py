@@ -10,7 +10,7 @@ import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import figures, files, registry, report, rows, tables
+from lc_spark import figures, files, registry, report, rows, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.facts import Facts
@@ -25,6 +25,12 @@ log = logging.getLogger("lc_spark")
 
 MOST_BARS = 20  # fields in the figure; the table has all
 MOST_NAMED = 5  # fields in the warning; the page has all
+
+
+def score_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
+    """Source rows of a date, or all of raw, and the champion -> Delta scores, drift of fields."""
+    with tracking.stage(config, parent, "score") as run:
+        return score_with_champion(spark, config, run, config.day)
 
 
 def score_with_champion(

@@ -1,26 +1,15 @@
-"""The stages of the pipeline: each opens a child of one parent MLflow run and returns its facts."""
+"""The stages ingest and features: each opens a child of one MLflow run and returns its facts."""
 
 import dataclasses
 import datetime
 import json
 import logging
-from collections.abc import Callable
 
 import pandas as pd
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import (
-    evaluate,
-    files,
-    gate,
-    ingest,
-    refresh,
-    scoring,
-    tables,
-    tracking,
-    training_stages,
-)
+from lc_spark import files, ingest, refresh, tables, tracking
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.facts import Facts
@@ -30,8 +19,6 @@ from lc_spark.features.fit import fit_features
 from lc_spark.features.shards import part_files, write_shards
 
 log = logging.getLogger("lc_spark")
-
-Stage = Callable[[SparkSession, Config, str], Facts]
 
 
 def ingest_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
@@ -68,7 +55,7 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
         old = None if before is None else refresh.grown_from(spark, config, before)
         recent_df = _recent(train_df, config) if old is None else None
         fitted = fit_features(train_df, fields, config.seed, old, recent_df)
-        vocabulary_version = tables.write(fitted.levels_df, config, "vocabulary", ("field",))
+        vocabulary_version = tables.write(fitted.levels_df, config, "vocabulary")
         fitted.field_map.write(config.run_path / "field_map.json")
         fitted.vocabulary.write(config.run_path / "vocabulary.parquet")
         manifest = write_shards(raw_df, fitted.field_map, fitted.vocabulary, config, raw_version)
@@ -147,27 +134,3 @@ def _auto_crosses(train_df: DataFrame, config: Config, run: tracking.StageRun) -
             table["of"] = table["of"].str.join(" x ")
             run.log_table(table, f"auto_crosses_{name}.json")
     return choice.chosen
-
-
-def evaluate_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
-    """Test shards and models -> Delta test_scores and evaluation, report, registered winner."""
-    with tracking.stage(config, parent, "evaluate") as run:
-        return evaluate.evaluate_systems(spark, config, run)
-
-
-def score_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
-    """Source rows of a date, or all of raw, and the champion -> Delta scores, drift of fields."""
-    with tracking.stage(config, parent, "score") as run:
-        return scoring.score_with_champion(spark, config, run, config.day)
-
-
-STAGES: dict[str, Stage] = {
-    "ingest": ingest_stage,
-    "features": features_stage,
-    "train_lr": training_stages.train_lr_stage,
-    "train_lc": training_stages.train_lc_stage,
-    "evaluate": evaluate_stage,
-    "gate": gate.gate_stage,
-    "promote": gate.promote_stage,
-    "score": score_stage,
-}

@@ -37,9 +37,7 @@ def train_lr_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
         fit_by = _lr_by_torch if by == "torch" else _lr_by_mllib
         made, weights_df = fit_by(spark, config, field_map, parts)
         levels_df = tables.read(spark, config, "vocabulary")
-        version = tables.write(
-            lr.with_levels(weights_df, levels_df), config, "lr_weights", ("field",)
-        )
+        version = tables.write(lr.with_levels(weights_df, levels_df), config, "lr_weights")
         (config.run_path / WEIGHTS_FILE).unlink(missing_ok=True)
         history, aucs = made["loss_history"], made["aucs"]
         for step, loss in enumerate(history):

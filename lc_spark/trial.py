@@ -174,7 +174,7 @@ def _time_features(raw_df: DataFrame, there: Config, n: int) -> tuple[Line, Fiel
     started, tasks = time.perf_counter(), _task_seconds(spark)
     train_df = raw_df.where(ingest.split_column(there) == "train")
     fitted = fit_features(train_df, there.fields, there.seed)
-    tables.write(fitted.levels_df, there, "vocabulary", ("field",))
+    tables.write(fitted.levels_df, there, "vocabulary")
     write_shards(raw_df, fitted.field_map, fitted.vocabulary, there, 0)
     seconds = time.perf_counter() - started
     in_tasks = (_task_seconds(spark) - tasks) / spark.sparkContext.defaultParallelism

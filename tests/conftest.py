@@ -1,5 +1,6 @@
 """Fixtures that several tests share: one SparkSession, and a maker of configs."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +33,11 @@ DEFAULTS: dict[str, Any] = {
         },
     },
 }
+
+
+def environment() -> dict[str, str]:
+    """The variables that a person's command has: none of the test process' own Spark."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYSPARK_", "SPARK_"))}
 
 
 @pytest.fixture(scope="session")

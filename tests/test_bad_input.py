@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import DEFAULTS, ConfigMaker
+from conftest import DEFAULTS, ConfigMaker, environment
 from pyspark.sql import SparkSession
 from pyspark.testing import assertDataFrameEqual
 from safetensors.torch import load_file
@@ -278,10 +278,9 @@ def run_job(
     """Run a script of jobs/ as a command, with a Spark of its own."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYSPARK_", "SPARK_"))}
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--config", str(path)]
     return subprocess.run(
-        command, env=inherited | more, capture_output=True, text=True, check=False
+        command, env=environment() | more, capture_output=True, text=True, check=False
     )
 
 

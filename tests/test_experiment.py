@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import DEFAULTS, ConfigMaker
+from conftest import DEFAULTS, ConfigMaker, environment
 from pyspark.sql import SparkSession
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -174,11 +174,10 @@ TRAINED += ["dnn_seed1", "dnn_seed2"]
 
 
 def start_experiment(yaml_path: Path) -> subprocess.Popen[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYSPARK_", "SPARK_"))}
     return subprocess.Popen(
         [str(BIN / "lc-spark"), "experiment", str(yaml_path)],
         cwd=ROOT,
-        env=inherited | {"COLUMNS": "120"},
+        env=environment() | {"COLUMNS": "120"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

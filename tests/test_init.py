@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 from lc_spark import config_file
 from lc_spark.errors import LcSparkError
@@ -253,14 +254,13 @@ def made_up_log(path: Path) -> None:
 @pytest.mark.slow
 def test_a_log_that_nobody_described_runs_unedited(tmp_path: Path) -> None:
     made_up_log(tmp_path / "log.csv")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYSPARK_", "SPARK_"))}
-    environment = inherited | {"COLUMNS": "120", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    variables = environment() | {"COLUMNS": "120", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
     def lc_spark(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(BIN / "lc-spark"), *arguments],
             cwd=tmp_path,
-            env=environment,
+            env=variables,
             capture_output=True,
             text=True,
             check=False,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import environment
 from nbclient import NotebookClient
 from nbstripout import strip_output
 
@@ -51,9 +52,8 @@ def test_no_notebook_has_outputs_in_git() -> None:
 def test_a_notebook_runs_to_its_end(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable in list(os.environ):
-        if variable.startswith(("PYSPARK_", "SPARK_")):  # of the test process' own Spark
-            monkeypatch.delenv(variable)
+    for variable in set(os.environ) - set(environment()):
+        monkeypatch.delenv(variable)
     monkeypatch.setenv("LC_SPARK_NOTEBOOK_WORKSPACE", str(folder / "workspace"))
     monkeypatch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder / "runtime"))

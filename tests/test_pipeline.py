@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import DEFAULTS
+from conftest import DEFAULTS, environment
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -29,13 +29,12 @@ ROWS = 24_000
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command as a person would, without the settings of the test process' own Spark."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYSPARK_", "SPARK_"))}
     # The environment is activated: spark-submit finds Spark through the python on the PATH.
-    environment = inherited | {"COLUMNS": "100", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    variables = environment() | {"COLUMNS": "100", "PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
-        env=environment,
+        env=variables,
         capture_output=True,
         text=True,
         check=False,

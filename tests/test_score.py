@@ -14,7 +14,7 @@ from conftest import ConfigMaker
 from pyspark.sql import SparkSession
 from test_tracking import make_bundle, register
 
-from lc_spark import registry, stages, tables, tracking
+from lc_spark import registry, scoring, tables, tracking
 from lc_spark.config import Config
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
@@ -87,7 +87,7 @@ class Log:
         (self.folder / f"{date}.json").write_text("\n".join(lines) + "\n")
 
     def score(self, date: datetime.date | None, config: Config | None = None) -> Facts:
-        return stages.score_stage(self.spark, (config or self.config).for_day(date), self.parent)
+        return scoring.score_stage(self.spark, (config or self.config).for_day(date), self.parent)
 
     def table(self, name: tables.TableName) -> pd.DataFrame:
         return tables.read(self.spark, self.config, name).toPandas()

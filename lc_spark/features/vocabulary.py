@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -132,15 +133,16 @@ def rank_values(
         F.min("second").alias("least"),
         F.max("second").alias("most"),
     )
+    totals_df = totals_df.persist(StorageLevel.DISK_ONLY)  # read three times
     values_df = counts_df.where(F.col("value").isNotNull()).select(
         "field", "value", F.xxhash64("value").alias("hash")
     )
-    collisions = totals_df.where(F.col("hash").isNotNull() & (F.col("least") != F.col("most")))
-    bad = collisions.limit(1).join(values_df, ["field", "hash"]).distinct().limit(2).collect()
-    if bad:
-        pair = " and ".join(repr(row["value"]) for row in bad)
+    collided = totals_df.where(F.col("hash").isNotNull() & (F.col("least") != F.col("most")))
+    for field_name, hashed, *_ in collided.collect():  # there is hardly ever one
+        same = (F.col("field") == field_name) & (F.col("hash") == hashed)
+        pair = " and ".join(repr(row["value"]) for row in values_df.where(same).distinct().take(2))
         raise LcSparkError(
-            f"Field '{bad[0]['field']}': {pair} have the same 64-bit hash. Change one of them in "
+            f"Field '{field_name}': {pair} have the same 64-bit hash. Change one of them in "
             "the source (a prefix is enough)."
         )
     kept_df = _kept(totals_df.select("field", "hash", "count"), min_counts, given)

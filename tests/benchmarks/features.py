@@ -57,7 +57,7 @@ def main() -> None:
         train = ingest.split_column(config) == "train"
         train_df = placed_df if arguments.indexer else placed_df.where(train)
         fitted = fit_features(train_df, config.fields, config.seed)
-        tables.write(fitted.levels_df, config, "vocabulary", ("field",))
+        tables.write(fitted.levels_df, config, "vocabulary")
         write_shards(placed_df, fitted.field_map, fitted.vocabulary, config, version)
         spark.catalog.clearCache()
 
