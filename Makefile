@@ -58,11 +58,15 @@ cluster-demo: wheel ## two days of the daily pipeline by spark-submit, on a clus
 	rm -rf workspace/cluster_demo
 	$(BIN)/python tests/standalone_cluster.py workspace/cluster_demo/cluster -- tests/cluster_days.sh
 
+# Two processes: a test that waits for a job's start leaves a core idle. A file's tests share what
+# they run on; in the order of their names, the longest file is among the first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: check airflow-env ## everything that CI checks
-	$(BIN)/python -m pytest --durations=15
+	$(PYTEST) --durations=15
 
 test-fast: env ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: demo ## the benchmarks of scale and speed, one after the other: hours on a quiet machine
 	$(BIN)/python tests/benchmarks/bench.py
