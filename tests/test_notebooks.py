@@ -60,7 +60,7 @@ def test_a_notebook_runs_to_its_end(
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
     notebook = read(name)
     where = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=850, kernel_name="tested", resources=where).execute()
+    NotebookClient(notebook, timeout=1750, kernel_name="tested", resources=where).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
