@@ -4,11 +4,16 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 from pyspark.sql import SparkSession
 
 from lc_spark import session
 from lc_spark.config import Config
+
+# Beside another process of tests an example may take any time.
+hypothesis.settings.register_profile("beside_others", deadline=None)
+hypothesis.settings.load_profile("beside_others")
 
 ConfigMaker = Callable[..., Config]
 

@@ -25,7 +25,7 @@ import psutil
 import pyspark
 
 SPARK_HOME = Path(pyspark.__file__).parent
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 END_SECONDS = 10.0
 PR_SET_PDEATHSIG = 1
 

@@ -191,7 +191,7 @@ def finished(yaml_path: Path) -> str:
     config = config_file.load(yaml_path)
     first = start_experiment(yaml_path)
     results = [config.workspace_path / "models" / name / "result.json" for name in TRAINED[:2]]
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 1200
     while not all(path.is_file() for path in results):
         assert first.poll() is None, first.communicate()[0][-3000:]
         assert time.monotonic() < deadline
@@ -199,7 +199,7 @@ def finished(yaml_path: Path) -> str:
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     second = start_experiment(yaml_path)
-    output = second.communicate(timeout=800)[0]
+    output = second.communicate(timeout=1500)[0]
     assert second.returncode == 0, output[-3000:]
     return output
 

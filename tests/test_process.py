@@ -81,7 +81,7 @@ def test_under_spark_submit_a_driver_ends_with_the_jvm(under_spark: str, left: b
         assert line_of(parent) == "ready"
         parent.kill()
         parent.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while is_running(pid) and not left and time.monotonic() < deadline:
             time.sleep(0.05)
         assert is_running(pid) == left

@@ -99,7 +99,7 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for(uri: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if requests.get(f"{uri}/health", timeout=5).ok:

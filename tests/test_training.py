@@ -351,7 +351,7 @@ def kill_in_second_epoch(spec: TrainSpec, size: int) -> str:
     processes = start_ranks(spec, size)
     first = Path(spec.output) / "checkpoint" / "epoch-0001"
     second = first.with_name("epoch-0002")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not first.exists():
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes)
