@@ -166,7 +166,6 @@ def serving(made: Made) -> Iterator[Airflow]:
 class Refit:
     """What Airflow tells of Saturday's run by the weekly DAG."""
 
-    week: dict[str, Any]
     day: dict[str, Any]
     tasks: list[tuple[str, str]]  # id, state
     logs: dict[str, str]  # by task
@@ -189,7 +188,7 @@ def saturday(made: Made, ingested: dict[datetime.date, int]) -> Refit:
             if state in ("success", "failed")
         }
     assert week["state"] == "success", [log[-3000:] for log in logs.values()][-1:]
-    return Refit(week, day, tasks, logs)
+    return Refit(day, tasks, logs)
 
 
 @pytest.fixture

@@ -138,12 +138,14 @@ def rank_values(
         "field", "value", F.xxhash64("value").alias("hash")
     )
     collided = totals_df.where(F.col("hash").isNotNull() & (F.col("least") != F.col("most")))
-    for field_name, hashed, *_ in collided.collect():  # there is hardly ever one
-        same = (F.col("field") == field_name) & (F.col("hash") == hashed)
+    found = collided.agg(F.min(F.struct("field", "hash")).alias("first")).first()
+    if found is not None and found["first"] is not None:
+        name, hashed = found["first"]
+        same = (F.col("field") == name) & (F.col("hash") == hashed)
         pair = " and ".join(repr(row["value"]) for row in values_df.where(same).distinct().take(2))
         raise LcSparkError(
-            f"Field '{field_name}': {pair} have the same 64-bit hash. Change one of them in "
-            "the source (a prefix is enough)."
+            f"Field '{name}': {pair} have the same 64-bit hash. Change one of them in the source "
+            "(a prefix is enough)."
         )
     kept_df = _kept(totals_df.select("field", "hash", "count"), min_counts, given)
     named_df = kept_df.join(values_df, ["field", "hash"]).dropDuplicates(["field", "hash"])
