@@ -128,10 +128,14 @@ def write_lr(folder: Path, field_map: FieldMap, weights: NDArray[Any], name: str
     return str(folder / "models" / name)
 
 
+# A thread of a group that outlived its end could abort the process at its exit.
 _RANK = """
 import json, sys
+from pathlib import Path
 from lc_spark.training.loop import run_rank
 [result] = run_rank([json.loads(sys.argv[1])])
+threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads
 print("RESULT " + json.dumps(result), flush=True)
 """
 

@@ -17,6 +17,10 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the default group as of its import. An optimiser's first step imports it: in
+# the group, which then outlived destroy_process_group, with threads that could abort the exit.
+import torch.distributed.nn.functional
 from torch import Tensor
 from tqdm import tqdm
 
