@@ -16,6 +16,7 @@ from lc_spark.facts import Facts
 from lc_spark.features import drift
 from lc_spark.features.auto_crosses import ChosenCross, choose_crosses
 from lc_spark.features.fit import fit_features
+from lc_spark.features.levels import write_levels
 from lc_spark.features.shards import part_files, write_shards
 
 log = logging.getLogger("lc_spark")
@@ -55,7 +56,7 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
         old = None if before is None else refresh.grown_from(spark, config, before)
         recent_df = _recent(train_df, config) if old is None else None
         fitted = fit_features(train_df, fields, config.seed, old, recent_df)
-        vocabulary_version = tables.write(fitted.levels_df, config, "vocabulary")
+        vocabulary_version = write_levels(spark, fitted.levels, config)
         fitted.field_map.write(config.run_path / "field_map.json")
         fitted.vocabulary.write(config.run_path / "vocabulary.parquet")
         manifest = write_shards(raw_df, fitted.field_map, fitted.vocabulary, config, raw_version)

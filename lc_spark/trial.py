@@ -15,6 +15,7 @@ from lc_spark import files, ingest, resources, rows, tables
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.fit import fit_features
+from lc_spark.features.levels import write_levels
 from lc_spark.features.shards import write_shards
 from lc_spark.features.sizes import PlannedFields, plan_fields
 from lc_spark.features.vectors import shard_vectors
@@ -174,7 +175,7 @@ def _time_features(raw_df: DataFrame, there: Config, n: int) -> tuple[Line, Fiel
     started, tasks = time.perf_counter(), _task_seconds(spark)
     train_df = raw_df.where(ingest.split_column(there) == "train")
     fitted = fit_features(train_df, there.fields, there.seed)
-    tables.write(fitted.levels_df, there, "vocabulary")
+    write_levels(spark, fitted.levels, there)
     write_shards(raw_df, fitted.field_map, fitted.vocabulary, there, 0)
     seconds = time.perf_counter() - started
     in_tasks = (_task_seconds(spark) - tasks) / spark.sparkContext.defaultParallelism

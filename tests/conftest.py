@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
 from lc_spark import session
 from lc_spark.config import Config
+from lc_spark.features.fit import Fitted
 
 # Beside another process of tests an example may take any time.
 hypothesis.settings.register_profile("beside_others", deadline=None)
@@ -38,6 +40,18 @@ DEFAULTS: dict[str, Any] = {
         },
     },
 }
+
+
+def levels_of(fitted: Fitted, *fields: str) -> list[dict[str, Any]]:
+    """All levels of a fit, or those of some fields, by field and index."""
+    table = pa.Table.from_batches(fitted.levels.batches())
+    texts = table["value"].cast(pa.large_binary()).to_pylist()  # one may be no UTF-8
+    rows = [
+        row | {"value": text.decode(errors="replace")}
+        for row, text in zip(table.drop_columns(["value"]).to_pylist(), texts, strict=True)
+        if not fields or row["field"] in fields
+    ]
+    return sorted(rows, key=lambda row: (row["field"], row["index"]))
 
 
 def environment() -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from conftest import ConfigMaker
+from conftest import ConfigMaker, levels_of
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -78,7 +78,7 @@ def test_both_ways_learn_and_write_the_same(spark: SparkSession, make_config: Co
     assert FILE not in through_df.columns
     (direct, parts), (through, expected) = features(direct_df, config), features(through_df, other)
     assert direct.field_map.fingerprint == through.field_map.fingerprint
-    levels = [fit.levels_df.orderBy("field", "index").collect() for fit in (direct, through)]
+    levels = [levels_of(fit) for fit in (direct, through)]
     assert levels[0] == levels[1]
     for part, one in zip(parts, expected, strict=True):
         pd.testing.assert_frame_equal(part, one)
@@ -100,9 +100,7 @@ def test_row_groups_files_and_filters_are_put_together(
     assert max(groups) > 1
     few_df = df.where("row_id % 17 = 3")
     fitted = fit_features(few_df, config.fields, 0)
-    counted = {
-        row["value"]: row["count"] for row in fitted.levels_df.where("field = 'site'").collect()
-    }
+    counted = {row["value"]: row["count"] for row in levels_of(fitted, "site")}
     expected = {
         row["site"]: row["count"]
         for row in raw_df(spark, 20_000).where("row_id % 17 = 3").groupBy("site").count().collect()
@@ -125,7 +123,7 @@ def test_a_column_that_later_days_brought_is_missing_before(
     assert FILE in both_df.columns
     fitted = fit_features(both_df, config.fields, 0)
     through = fit_features(tables.read(spark, config, "raw"), config.fields, 0)
-    levels = [fit.levels_df.orderBy("field", "index").collect() for fit in (fitted, through)]
+    levels = [levels_of(fit) for fit in (fitted, through)]
     assert levels[0] == levels[1]
     missing = {r["field"]: r["count"] for r in levels[0] if r["value"] == "(missing)"}
     assert missing["site"] > 1000

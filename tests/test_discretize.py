@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from lc_spark.encoder import Vocabulary, encode
 from lc_spark.errors import LcSparkError
-from lc_spark.features.discretize import fit_numeric, refuse_fractions
+from lc_spark.features.discretize import fit_numeric, refuse_fractions, summary
 from lc_spark.field_kinds import Bucketed, Categorical, Continuous
 from lc_spark.field_map import FieldInfo, FieldMap
 
@@ -65,8 +65,13 @@ def types_of(df: DataFrame) -> dict[str, str]:
     return {column.name: column.dataType.simpleString() for column in df.schema.fields}
 
 
-def fit(df: DataFrame, fields: Sequence[Bucketed | Continuous], n_rows: int = 8) -> FieldMap:
-    return FieldMap(tuple(fit_numeric(df, fields, types_of(df), n_rows, seed=0)))
+def fit(
+    df: DataFrame, fields: Sequence[Bucketed | Continuous], rows: int | None = None
+) -> FieldMap:
+    types = types_of(df)
+    found = summary(df, fields, types)
+    found["rows"] = rows or found["rows"]
+    return FieldMap(tuple(fit_numeric(df, found, fields, types, seed=0)))
 
 
 def encode_numbers(info: FieldInfo, values: Sequence[float | None]) -> list[float]:
@@ -196,7 +201,7 @@ def test_the_fit_does_not_depend_on_the_partitioning(spark: SparkSession) -> Non
         Bucketed(name="x_widths", kind="bucketed", column="x", by="uniform", buckets=7),
     )
     # More rows than SAMPLE_ROWS, so it is told: quantiles are then of a sample, here of half.
-    fits = [fit(df.repartition(n), fields, n_rows=2_000_000) for n in (1, 3)]
+    fits = [fit(df.repartition(n), fields, rows=2_000_000) for n in (1, 3)]
     assert fits[0] == fits[1]
     assert fits[0].fingerprint == fits[1].fingerprint
     exact = np.quantile([row[1] for row in rows], np.arange(1, 7) / 7)
@@ -214,7 +219,7 @@ def test_whole_numbers_in_a_double_column_may_be_categorical(spark: SparkSession
         Categorical(name="whole", kind="categorical"),
         Categorical(name="t", column="text", kind="categorical"),
     ]
-    refuse_fractions(df, fields, types_of(df))
+    refuse_fractions(summary(df, fields, types_of(df)), fields)
 
 
 @pytest.mark.parametrize(("column", "example"), [("fraction", "2.25"), ("half", "2.5")])
@@ -224,4 +229,4 @@ def test_fractions_in_a_categorical_column_are_refused_with_an_example(
     df = spark.createDataFrame(FLOATS_ROWS, FLOATS_SCHEMA)
     field = Categorical(name="f", kind="categorical", column=column)
     with pytest.raises(LcSparkError, match=f"'f' is categorical.*'{column}' holds.*{example}"):
-        refuse_fractions(df, [field], types_of(df))
+        refuse_fractions(summary(df, [field], types_of(df)), [field])

@@ -2,13 +2,15 @@
 
 import dataclasses
 import datetime
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from conftest import ConfigMaker
+from conftest import ConfigMaker, levels_of
 from pydantic import TypeAdapter
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import DataFrame, SparkSession
@@ -56,23 +58,24 @@ def rows(spark: SparkSession, sites: list[str | None], hours: list[str], first: 
     return spark.createDataFrame(made, SCHEMA).coalesce(1)
 
 
-def kept(fitted: Fitted) -> Fitted:
-    """The levels computed once, as the table that a later run reads has them."""
-    return dataclasses.replace(fitted, levels_df=fitted.levels_df.localCheckpoint())
+def as_parent(fitted: Fitted) -> Grown:
+    """What a later run reads of a fit."""
+    table = pa.Table.from_batches(fitted.levels.batches())
+    return Grown(fitted.field_map, SparkSession.active().createDataFrame(table))
 
 
 @pytest.fixture(scope="module")
 def yesterday(spark: SparkSession) -> tuple[DataFrame, Fitted]:
     df = rows(spark, ["a", "b", "a", None, "c", "b", "a", "c", "d"] * 2, ["6", "9", "12"], 0)
-    return df, kept(fit_features(df, fields_of(SETTINGS), seed=0))
+    return df, fit_features(df, fields_of(SETTINGS), seed=0)
 
 
 @pytest.fixture(scope="module")
 def today(spark: SparkSession, yesterday: tuple[DataFrame, Fitted]) -> tuple[DataFrame, Fitted]:
     """A day on which `b` and hour 12 are gone and `x`, `y`, `z` and hour 18 are new."""
     df = rows(spark, ["x", "a", "x", "y", "c", "y", "x", "z"] * 2, ["18", "6", "9"], 100)
-    old = Grown(yesterday[1].field_map, yesterday[1].levels_df)
-    return df, kept(fit_features(df, fields_of(SETTINGS), seed=0, old=old))
+    old = as_parent(yesterday[1])
+    return df, fit_features(df, fields_of(SETTINGS), seed=0, old=old)
 
 
 @pytest.mark.slow
@@ -97,7 +100,7 @@ def test_every_index_once_given_stays(
 def test_new_values_come_after_by_count_and_old_ones_stay_with_count_0(
     today: tuple[DataFrame, Fitted], yesterday: tuple[DataFrame, Fitted]
 ) -> None:
-    found = today[1].levels_df.where("field = 'site'").orderBy("index").collect()
+    found = levels_of(today[1], "site")
     assert [(r["value"], r["count"]) for r in found] == [
         ("(missing)", 0),
         ("(other)", 0),
@@ -109,9 +112,9 @@ def test_new_values_come_after_by_count_and_old_ones_stay_with_count_0(
         ("y", 4),
         ("z", 2),
     ]
-    named = today[1].levels_df.where("value IS NOT NULL").groupBy("field").count().collect()
+    named = Counter(row["field"] for row in levels_of(today[1]) if row["value"] is not None)
     sizes = {info.name: info.size for info in today[1].field_map.fields}
-    assert {row["field"]: row["count"] for row in named} == sizes
+    assert named == sizes
 
 
 @pytest.mark.slow
@@ -119,7 +122,7 @@ def test_a_second_growth_grows_from_the_first(
     spark: SparkSession, today: tuple[DataFrame, Fitted]
 ) -> None:
     df = rows(spark, ["x", "new", "new"], ["6"], 200)
-    old = Grown(today[1].field_map, today[1].levels_df)
+    old = as_parent(today[1])
     third = fit_features(df, fields_of(SETTINGS), seed=0, old=old)
     raw = today[0].toPandas()
     for fitted in (today[1], third):
@@ -136,7 +139,7 @@ def test_a_second_growth_grows_from_the_first(
 
 @pytest.mark.slow
 def test_other_fields_are_refused(today: tuple[DataFrame, Fitted]) -> None:
-    old = Grown(today[1].field_map, today[1].levels_df)
+    old = as_parent(today[1])
     for changed in ([*SETTINGS[:-1], {**SETTINGS[-1], "hashed": 60}], SETTINGS[:-1]):
         with pytest.raises(LcSparkError, match=r"the field 'mixed' differs.*scratch"):
             fit_features(today[0], fields_of(changed), seed=0, old=old)
@@ -148,9 +151,9 @@ def test_from_scratch_values_not_seen_of_late_leave(
 ) -> None:
     both_df = yesterday[0].unionByName(today[0])
     fitted = fit_features(both_df, fields_of(SETTINGS), seed=0, recent_df=today[0])
-    found = fitted.levels_df.where("field = 'site' AND index > 1").orderBy("index").collect()
+    found = levels_of(fitted, "site")[2:]
     assert {r["value"] for r in found} == {"a", "c", "x", "y", "z"}
-    crosses = fitted.levels_df.where("field = 'site_x_hour' AND index > 1").collect()
+    crosses = levels_of(fitted, "site_x_hour")[2:]
     assert crosses
     assert not [r for r in crosses if r["value"].startswith(("b ", "d ")) or "12" in r["value"]]
 

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
+from conftest import levels_of
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from pyspark.sql import DataFrame, SparkSession
@@ -12,7 +14,9 @@ from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features import memory
 from lc_spark.features.fit import Fitted, fit_features
-from lc_spark.features.vocabulary import count_values, rank_values, to_vocabulary
+from lc_spark.features.levels import SCHEMA as LEVELS
+from lc_spark.features.ranking import rank_values, to_vocabulary
+from lc_spark.features.vocabulary import count_values
 from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo
 from lc_spark.pandas_rows import hash_text, prepare_pandas
@@ -78,7 +82,7 @@ def fitted(train_df: DataFrame) -> Fitted:
 def levels(fitted: Fitted) -> Mapping[str, list[tuple[int, str, int]]]:
     """(index, value, count) by field, in the order of the indices."""
     by_field: dict[str, list[tuple[int, str, int]]] = {}
-    for row in fitted.levels_df.orderBy("field", "index").collect():
+    for row in levels_of(fitted):
         by_field.setdefault(row["field"], []).append((row["index"], row["value"], row["count"]))
     return by_field
 
@@ -175,7 +179,7 @@ def test_levels_are_one_row_a_feature(
         info.name: list(range(info.size)) for info in fitted.field_map.fields
     }
     assert sum(len(found) for found in levels.values()) == fitted.field_map.d
-    assert fitted.levels_df.columns == ["field", "index", "value", "hash", "count"]
+    assert LEVELS.names == ["field", "index", "value", "hash", "count"]
 
 
 def test_crosses_come_after_their_parents(fitted: Fitted) -> None:
@@ -217,7 +221,7 @@ def test_the_partitioning_changes_nothing(
     shuffled = fit_features(train_df.repartition(4, "tags"), fields_of(SETTINGS), seed=0)
     assert shuffled.field_map.fingerprint == fitted.field_map.fingerprint
     assert shuffled.vocabulary.to_arrow().equals(fitted.vocabulary.to_arrow())
-    rows = shuffled.levels_df.orderBy("field", "index").collect()
+    rows = levels_of(shuffled)
     found = [(row["field"], row["index"], row["value"], row["count"]) for row in rows]
     assert found == [(name, *level) for name in sorted(levels) for level in levels[name]]
 
@@ -226,8 +230,8 @@ def test_numbers_alone_need_no_vocabulary(train_df: DataFrame) -> None:
     settings = [{"name": "late", "kind": "continuous", "column": "delay"}]
     fitted = fit_features(train_df, fields_of(settings), seed=0)
     assert fitted.vocabulary.entries == {}
-    rows = [tuple(row) for row in fitted.levels_df.orderBy("index").collect()]
-    assert rows == [("late", 0, "(missing)", None, 3), ("late", 1, "(value)", None, 7)]
+    rows = [(row["index"], row["value"], row["hash"], row["count"]) for row in levels_of(fitted)]
+    assert rows == [(0, "(missing)", None, 3), (1, "(value)", None, 7)]
 
 
 def test_an_empty_train_split_is_an_error(train_df: DataFrame) -> None:
@@ -254,36 +258,43 @@ def test_two_values_of_one_hash_are_an_error_that_names_both(spark: SparkSession
     assert all(repr(value) in str(error.value) for value in pair)
 
 
+USERS = {f"user {n:03}": 2 + n for n in range(200)}  # texts of 8 bytes, seen 2 to 201 times
+ITEMS = {f"item {n:03}": 500 for n in range(20)}
+CUTS = {"user": 2, "item": 2}
+TEXT = 8
+
+
 @pytest.fixture(scope="module")
-def ranked_df(spark: SparkSession) -> DataFrame:
-    """200 values of 'user' seen 2 to 201 times, 20 of 'item', and the levels of rare values."""
-    users = [("user", n + 2, n * 31 + 5, 2 + n) for n in range(200)]
-    items = [("item", n + 2, n * 17 + 3, 500) for n in range(20)]
-    rest = [(name, index, None, 9) for name in ("user", "item") for index in (0, 1)]
-    return spark.createDataFrame(
-        users + items + rest, "field string, index int, hash long, count long"
-    )
+def counts_df(spark: SparkSession) -> DataFrame:
+    """Counts of USERS and ITEMS, by two tasks, and of rare and missing values."""
+    rows = [(name, None, 9) for name in CUTS] + [(name, "rare", 1) for name in CUTS]
+    for name, counts in {"user": USERS, "item": ITEMS}.items():
+        rows += [(name, value, part) for value, n in counts.items() for part in (1, n - 1)]
+    return spark.createDataFrame(rows, "field string, value string, count long").persist()
 
 
-INFOS = [FieldInfo("user", "categorical", 1), FieldInfo("item", "categorical", 1)]
-
-
-def test_collected_values_are_those_of_the_table(ranked_df: DataFrame) -> None:
-    vocabulary, sizes = to_vocabulary(ranked_df, INFOS)
-    assert sizes == {"user": 202, "item": 22}
+def test_kept_values_are_in_the_order_of_their_counts(counts_df: DataFrame) -> None:
+    ranked = rank_values(counts_df, CUTS)
+    user, item = ranked["user"], ranked["item"]
+    assert user.values is not None
+    assert item.values is not None
+    assert user.values.to_pylist() == sorted(USERS, reverse=True)
+    assert user.counts.tolist() == list(range(201, 1, -1))
+    assert item.values.to_pylist() == sorted(ITEMS)  # equal counts
+    assert user.hashes.tolist() == [hash_text(value) for value in user.values.to_pylist()]
+    assert (user.missing, user.other) == (9, 1)
+    vocabulary = to_vocabulary(ranked)
     assert list(vocabulary.entries) == ["item", "user"]
-    for name, entries in vocabulary.entries.items():
-        rows = ranked_df.where(f"field = '{name}' AND hash IS NOT NULL").orderBy("hash").collect()
-        assert entries[0].tolist() == [row["hash"] for row in rows]
-        assert entries[1].tolist() == [row["index"] for row in rows]
+    hashes = np.array([hash_text("user 199"), hash_text("user 000"), hash_text("rare")])
+    assert vocabulary.look_up("user", hashes).tolist() == [2, 201, 1]
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused_before_it_is_collected(
-    ranked_df: DataFrame,
+    counts_df: DataFrame,
 ) -> None:
-    each = memory.bytes_a_value(2)  # local[2]
+    each = memory.bytes_a_value(2) + memory.TEXTS * TEXT  # local[2]
     with pytest.raises(LcSparkError) as error:
-        to_vocabulary(ranked_df, INFOS, free=120 * each)
+        rank_values(counts_df, CUTS, free=120 * each)
     said = str(error.value)
     assert "The vocabulary of 220 values needs" in said
     assert f"({each} bytes a value in the driver and its tasks)" in said
@@ -291,16 +302,16 @@ def test_a_vocabulary_that_does_not_fit_is_refused_before_it_is_collected(
     # 100 users fit beside the items: those seen 102 times and more.
     assert "Set user: hashed: 64, or raise min_count there to 200." in said
     for free in (220 * each, 220 * each + each - 1):
-        assert to_vocabulary(ranked_df, INFOS, free=free)[1]["user"] == 202
+        assert len(rank_values(counts_df, CUTS, free=free)["user"].hashes) == 200
     with pytest.raises(LcSparkError, match="The vocabulary of 221 values"):
-        to_vocabulary(ranked_df, INFOS, held=1, free=220 * each)
+        rank_values(counts_df, CUTS, held=1, free=220 * each)
 
 
-def test_the_min_count_that_is_named_makes_the_vocabulary_fit(ranked_df: DataFrame) -> None:
-    each = memory.bytes_a_value(2)
+def test_the_min_count_that_is_named_makes_the_vocabulary_fit(counts_df: DataFrame) -> None:
+    each = memory.bytes_a_value(2) + memory.TEXTS * TEXT
     with pytest.raises(LcSparkError, match="raise min_count there to 200"):
-        to_vocabulary(ranked_df, INFOS, free=100 * each)
-    cut_df = ranked_df.where("field = 'item' OR count >= 200")
-    assert to_vocabulary(cut_df, INFOS, free=100 * each)[1] == {"user": 4, "item": 22}
+        rank_values(counts_df, CUTS, free=100 * each)
+    ranked = rank_values(counts_df, {**CUTS, "user": 200}, free=100 * each)
+    assert {name: len(found.hashes) for name, found in ranked.items()} == {"user": 2, "item": 20}
     with pytest.raises(LcSparkError, match=r"Set user: hashed: 64; item: hashed: 8, or"):
-        to_vocabulary(ranked_df, INFOS, free=10 * each)
+        rank_values(counts_df, CUTS, free=10 * each)

@@ -1,49 +1,74 @@
 """Learns from the train rows how numbers become buckets or standardised values."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import FLOATS, number_column
-from lc_spark.field_kinds import Bucketed, Categorical, Continuous, Multivalued
+from lc_spark.field_kinds import AnyField, Bucketed, Categorical, Continuous, Multivalued
 from lc_spark.field_map import FieldInfo
 
+ARRAYS = tuple(f"array<{name}>" for name in FLOATS)
 SAMPLE_ROWS = 1_000_000  # rows that quantiles are computed on; their error is then below 0.1 %
+
+
+def summary(
+    train_df: DataFrame, fields: Sequence[AnyField], types: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return, from one pass, what there is to know of the rows before any value is counted.
+
+    rows; "min x", "max x", "mean x", "sd x" (over finite values) and "present x" of each numeric
+    field x; "fraction x" of each field of values over fractional numbers: one that is not whole,
+    or None.
+    """
+    wanted: list[Column] = [F.count("*").alias("rows")]
+    for field in fields:
+        if isinstance(field, Bucketed | Continuous):
+            finite = _finite_column(field.column)
+            wanted += [
+                F.min(finite).alias(f"min {field.name}"),
+                F.max(finite).alias(f"max {field.name}"),
+                F.mean(finite).alias(f"mean {field.name}"),
+                F.stddev_pop(finite).alias(f"sd {field.name}"),
+                F.count(number_column(field.column)).alias(f"present {field.name}"),
+            ]
+        elif isinstance(field, Categorical | Multivalued):
+            if types[field.column] in FLOATS:
+                number = _finite_column(field.column)
+                number = F.when(number != F.floor(number), number)
+            elif types[field.column] in ARRAYS:
+                column = F.col(f"`{field.column}`")
+                number = F.array_max(F.filter(column, lambda x: x != F.floor(x)))
+            else:
+                continue
+            wanted.append(F.max(number).alias(f"fraction {field.name}"))
+    row = train_df.select(*wanted).first()
+    assert row is not None, "an aggregate has a row"
+    return row.asDict()
 
 
 def fit_numeric(
     train_df: DataFrame,
+    found: Mapping[str, Any],
     fields: Sequence[Bucketed | Continuous],
-    types: dict[str, str],
-    n_rows: int,
+    types: Mapping[str, str],
     seed: int,
 ) -> list[FieldInfo]:
     """Fit cut points (bucketed) and mean, sd, range (continuous) on rows with a row_id.
 
-    Infinities count for no statistic. Quantiles are exact on at most SAMPLE_ROWS rows, chosen by
-    a hash of the row id, so that the result does not depend on the partitioning.
+    found is their summary. Infinities count for no statistic. Quantiles are exact on at most
+    SAMPLE_ROWS rows, chosen by a hash of the row id, so that the result does not depend on the
+    partitioning.
     """
-    if not fields:
-        return []
-    statistics: list[Column] = []
-    for field in fields:
-        finite = _finite_column(field.column)
-        statistics += [
-            F.min(finite).alias(f"min {field.name}"),
-            F.max(finite).alias(f"max {field.name}"),
-            F.mean(finite).alias(f"mean {field.name}"),
-            F.stddev_pop(finite).alias(f"sd {field.name}"),
-        ]
-    learnt = train_df.select(*statistics).first()
-    quantiles = _quantiles(train_df, fields, n_rows, seed)
+    quantiles = _quantiles(train_df, fields, found["rows"], seed)
     infos = []
     for field in fields:
         low, high, mean, sd = (
-            learnt[f"{what} {field.name}"] if learnt else None
-            for what in ("min", "max", "mean", "sd")
+            found[f"{what} {field.name}"] for what in ("min", "max", "mean", "sd")
         )
         column_type = types[field.column]
         if isinstance(field, Continuous):
@@ -129,25 +154,10 @@ def cut_points(
     return tuple(sorted({cut for cut in cuts if cut > low}))
 
 
-def refuse_fractions(
-    train_df: DataFrame, fields: Sequence[Categorical | Multivalued], types: dict[str, str]
-) -> None:
-    """Raise LcSparkError for a field of values over a column with fractional numbers."""
-    arrays = [f"array<{name}>" for name in FLOATS]
-    floats = [field for field in fields if types[field.column] in (*FLOATS, *arrays)]
-    if not floats:
-        return
-    examples = []
-    for field in floats:
-        if types[field.column] in arrays:
-            number = F.array_max(F.filter(F.col(f"`{field.column}`"), lambda x: x != F.floor(x)))
-        else:
-            number = _finite_column(field.column)
-            number = F.when(number != F.floor(number), number)
-        examples.append(F.max(number).alias(field.name))
-    row = train_df.select(*examples).first()
-    for field in floats:
-        example = row[field.name] if row else None
+def refuse_fractions(found: Mapping[str, Any], fields: Sequence[Categorical | Multivalued]) -> None:
+    """Raise LcSparkError for a field of values whose summary found fractional numbers."""
+    for field in fields:
+        example = found.get(f"fraction {field.name}")
         if example is not None:
             raise LcSparkError(
                 f"Field '{field.name}' is {field.kind}, but column '{field.column}' holds "

@@ -1,30 +1,42 @@
-"""Turns the train rows into a FieldMap, a Vocabulary and the table of all levels."""
+"""Turns the train rows into a FieldMap, a Vocabulary and all levels with their names."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary
 from lc_spark.errors import LcSparkError
-from lc_spark.features import levels
-from lc_spark.features import vocabulary as vocab
-from lc_spark.features.discretize import fit_numeric, refuse_fractions
+from lc_spark.features.discretize import fit_numeric, refuse_fractions, summary
+from lc_spark.features.levels import Levels
 from lc_spark.features.prepare import column_types
+from lc_spark.features.ranking import (
+    FIRST,
+    FRESH,
+    Given,
+    Ranked,
+    rank_keys,
+    rank_values,
+    to_vocabulary,
+)
+from lc_spark.features.vocabulary import count_indices, count_values
 from lc_spark.field_kinds import AnyField, Bucketed, Categorical, Continuous, Crossed, Multivalued
 from lc_spark.field_map import FieldInfo, FieldMap
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What fit_features learnt; levels_df has (field, index, value, hash, count), d rows."""
+    """What fit_features learnt."""
 
     field_map: FieldMap
     vocabulary: Vocabulary
-    levels_df: DataFrame
+    levels: Levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,39 +65,34 @@ def fit_features(
     types = column_types(train_df, fields)
     if old is not None:
         _check_same(fields, old.field_map)
-    n_rows = train_df.count()
-    if n_rows == 0:
+    valued = [f for f in fields if isinstance(f, Categorical | Multivalued)]
+    numbers = [f for f in fields if isinstance(f, Bucketed | Continuous)]
+    found = summary(train_df, fields, types)
+    if found["rows"] == 0:
         raise LcSparkError(
             "The train split has no rows: check 'split' in the config and, since rows of one id "
             "stay together, source.row_id."
         )
-    valued = [f for f in fields if isinstance(f, Categorical | Multivalued)]
-    refuse_fractions(train_df, valued, types)
-    numbers = [f for f in fields if isinstance(f, Bucketed | Continuous)]
+    refuse_fractions(found, valued)
     if old is None:
-        numeric = fit_numeric(train_df, numbers, types, n_rows, seed)
+        numeric = fit_numeric(train_df, found, numbers, types, seed)
     else:
         numeric = [old.field_map[f.name] for f in numbers]
     cuts = {f.name: f.min_count for f in fields if not isinstance(f, Bucketed | Continuous)}
     texts = [_text_info(f, types) for f in valued]
-    ranked_df, words, texts = _fit_values(train_df, texts, cuts, old, recent_df)
+    values, texts = _fit_values(train_df, texts, cuts, old, recent_df)
     by_name = {info.name: info for info in (*numeric, *texts)}
     base = FieldMap(tuple(by_name[f.name] for f in fields if f.name in by_name))
     crosses = [_cross_info(f) for f in fields if isinstance(f, Crossed)]
-    keys_df, ranked_keys_df, words, crosses = _fit_crosses(
-        train_df, crosses, base, words, cuts, old, recent_df
-    )
+    keys, counts, crosses = _fit_crosses(train_df, crosses, base, values, cuts, old, recent_df)
+    for info in numeric:
+        if info.kind == "continuous":
+            present = found[f"present {info.name}"]
+            counts[info.name] = np.array([found["rows"] - present, present])
     parent = "" if old is None else old.field_map.fingerprint
     field_map = FieldMap((*base.fields, *crosses), parent=parent)
-
-    value_levels_df = ranked_df.unionByName(
-        levels.plain_levels(train_df, field_map, keys_df, n_rows)
-    )
-    value_levels_df = value_levels_df.withColumn("value", levels.name_column())
-    levels_df = value_levels_df.unionByName(
-        levels.cross_levels(ranked_keys_df, value_levels_df, field_map)
-    )
-    return Fitted(field_map, words, levels_df)
+    ranked = {**values, **keys}
+    return Fitted(field_map, to_vocabulary(ranked), Levels(field_map, ranked, counts))
 
 
 def _fit_values(
@@ -94,46 +101,63 @@ def _fit_values(
     cuts: Mapping[str, int],
     old: Grown | None,
     recent_df: DataFrame | None,
-) -> tuple[DataFrame, Vocabulary, list[FieldInfo]]:
-    """Fit categorical and multivalued fields: ranked values, vocabulary, infos with sizes."""
+) -> tuple[dict[str, Ranked], list[FieldInfo]]:
+    """Fit categorical and multivalued fields: ranked values, infos with sizes."""
     counted = [info for info in infos if info.hashed is None]
-    counts_df = vocab.count_values(train_df, counted).persist(StorageLevel.DISK_ONLY)
+    if not counted:
+        return {}, infos
     given = _given(old, counted)
     if recent_df is not None:
-        seen_df = vocab.count_values(recent_df, counted).select("field", F.xxhash64("value"))
-        given = vocab.Given(seen_df=seen_df.toDF("field", "hash").distinct())
-    value_cuts = {info.name: cuts[info.name] for info in counted} or {"": 1}
-    ranked_df = vocab.rank_values(counts_df, value_cuts, given).persist(StorageLevel.DISK_ONLY)
-    words, sizes = vocab.to_vocabulary(ranked_df, counted)
-    return ranked_df, words, [_sized(info, sizes, words) for info in infos]
+        seen_df = count_values(recent_df, counted).select("field", F.xxhash64("value"))
+        given = Given(seen_df=seen_df.toDF("field", "hash").distinct())
+    value_cuts = {info.name: cuts[info.name] for info in counted}
+    counts_df = count_values(train_df, counted).persist(StorageLevel.DISK_ONLY)
+    ranked = rank_values(counts_df, value_cuts, given)
+    counts_df.unpersist()
+    return ranked, _sized(infos, ranked)
 
 
 def _fit_crosses(
     train_df: DataFrame,
     infos: list[FieldInfo],
     base: FieldMap,
-    words: Vocabulary,
+    values: dict[str, Ranked],
     cuts: Mapping[str, int],
     old: Grown | None,
     recent_df: DataFrame | None,
-) -> tuple[DataFrame, DataFrame, Vocabulary, list[FieldInfo]]:
-    """Fit crosses: counts of their keys and of base's indices, ranked keys, all words, infos."""
+) -> tuple[dict[str, Ranked], dict[str, NDArray[np.int64]], list[FieldInfo]]:
+    """Fit crosses: ranked keys, counts of the indices of base's other fields, infos with sizes."""
     for info in infos:
         check_cross_fits(info, base)
     ranked = [info for info in infos if info.hashed is None]
     counted_map = FieldMap((*base.fields, *(i for i in infos if i.hashed is not None)))
-    keys_df = vocab.count_indices(train_df, counted_map, words, ranked)
-    keys_df = keys_df.persist(StorageLevel.DISK_ONLY)
+    plain = [i for i in counted_map.fields if i.kind == "bucketed" or i.hashed is not None]
+    if not plain and not ranked:
+        return {}, {}, infos
+    words = to_vocabulary(values)
+    keys_df = count_indices(train_df, counted_map, words, ranked).persist(StorageLevel.DISK_ONLY)
     given = _given(old, ranked, base)
     if recent_df is not None:
-        seen_df = vocab.count_indices(recent_df, counted_map, words, ranked)
-        given = vocab.Given(seen_df=seen_df.select("field", F.col("key").alias("hash")))
-    cross_cuts = {info.name: cuts[info.name] for info in ranked} or {"": 1}
-    ranked_df = vocab.rank_keys(keys_df, cross_cuts, given).persist(StorageLevel.DISK_ONLY)
-    held = sum(len(hashes) for hashes, _ in words.entries.values())
-    cross_words, sizes = vocab.to_vocabulary(ranked_df, ranked, held)
-    all_words = Vocabulary({**words.entries, **cross_words.entries})
-    return keys_df, ranked_df, all_words, [_sized(info, sizes, all_words) for info in infos]
+        seen_df = count_indices(recent_df, counted_map, words, ranked)
+        given = Given(seen_df=seen_df.select("field", F.col("key").alias("hash")))
+    cross_cuts = {info.name: cuts[info.name] for info in ranked}
+    keys = rank_keys(keys_df, cross_cuts, given, sum(len(v.hashes) for v in values.values()))
+    counts = _index_counts(keys_df, plain)
+    keys_df.unpersist()
+    return keys, counts, _sized(infos, keys)
+
+
+def _index_counts(keys_df: DataFrame, infos: list[FieldInfo]) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of each index [size] of fields without a vocabulary."""
+    names = [info.name for info in infos]
+    table = keys_df.where(F.col("field").isin(names)).toArrow() if names else None
+    counts = {}
+    for info in infos:
+        assert table is not None, "there are fields"
+        own = table.filter(pc.equal(table["field"], info.name))
+        counts[info.name] = np.zeros(info.size, np.int64)
+        counts[info.name][own["key"].to_numpy()] = own["count"].to_numpy()
+    return counts
 
 
 def _check_same(fields: Sequence[AnyField], old_map: FieldMap) -> None:
@@ -154,15 +178,13 @@ def _check_same(fields: Sequence[AnyField], old_map: FieldMap) -> None:
         )
 
 
-def _given(
-    old: Grown | None, infos: Sequence[FieldInfo], base: FieldMap | None = None
-) -> vocab.Given:
+def _given(old: Grown | None, infos: Sequence[FieldInfo], base: FieldMap | None = None) -> Given:
     """Return the indices that an old fit gave to fields; of crosses, by the keys in the new base.
 
     A cross key is made of its parents' indices with their sizes as radices, which have grown.
     """
     if old is None or not infos:
-        return vocab.FRESH
+        return FRESH
     names = [info.name for info in infos]
     known_df = old.levels_df.where(F.col("field").isin(names) & F.col("hash").isNotNull())
     if base is not None:
@@ -171,8 +193,7 @@ def _given(
             for info in infos
         ]
         known_df = known_df.withColumn("hash", F.coalesce(*keys))
-    sizes = {name: old.field_map[name].size for name in names}
-    return vocab.Given(known_df.select("field", "index", "value", "hash"), sizes)
+    return Given(known_df.select("field", "index", "value", "hash"))
 
 
 def _new_key(info: FieldInfo, old_map: FieldMap, base: FieldMap) -> Column:
@@ -216,8 +237,16 @@ def _cross_info(field: Crossed) -> FieldInfo:
     return FieldInfo(field.name, "crossed", size=size, of=field.of, hashed=field.hashed)
 
 
-def _sized(info: FieldInfo, sizes: dict[str, int], words: Vocabulary) -> FieldInfo:
-    if info.hashed is not None:
-        return info
-    digest = words.digest(info.name)
-    return dataclasses.replace(info, size=sizes[info.name], vocabulary_digest=digest)
+def _sized(infos: list[FieldInfo], ranked: dict[str, Ranked]) -> list[FieldInfo]:
+    """Return the fields with the sizes and digests of their vocabularies, where they have one."""
+    words = to_vocabulary(ranked)
+    return [
+        dataclasses.replace(
+            info,
+            size=FIRST + len(ranked[info.name].hashes),
+            vocabulary_digest=words.digest(info.name),
+        )
+        if info.name in ranked
+        else info
+        for info in infos
+    ]

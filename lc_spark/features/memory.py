@@ -8,10 +8,11 @@ from pyspark.sql import functions as F
 
 from lc_spark.errors import LcSparkError
 
-# Bytes a value. A vocabulary is a hash (8) and an index (4). Collecting holds them as Spark sends
-# them, with the number of the field (16), sorted (12), and the order (8). A Python worker holds
-# the vocabulary and, while it reads it, what it reads it from.
-COLLECTING, HELD, IN_A_WORKER = 36, 12, 24
+# Bytes a value. A vocabulary is a hash (8) and an index (4). Collecting holds what Spark sends
+# (field's number, hash, count, known index, task: 28), that in order (28), the order (16) and the
+# levels (16). A Python worker holds the vocabulary and, while it reads it, what it reads it from.
+COLLECTING, HELD, IN_A_WORKER = 88, 12, 24
+TEXTS = 3  # times that a text is held: as Spark sends it, in order by field, by index
 MIN_COUNTS = (3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 NAMED = 3  # fields that the error names
 
@@ -22,18 +23,21 @@ def bytes_a_value(tasks: int) -> int:
 
 
 def refuse_too_many(
-    values_df: DataFrame, counted: Mapping[str, int], held: int, free: int | None
+    values_df: DataFrame, counted: Mapping[str, int], texts: int, held: int, free: int | None
 ) -> None:
     """Raise LcSparkError when a vocabulary does not fit.
 
-    values_df has (field, count), a row a value to be kept; counted is their number by field, held
-    that of values which there are already. free is in bytes, by default this machine's.
+    values_df has (field, count), a row a value to be kept; counted is their number by field, texts
+    the bytes of their texts, held the number of values which there are already. free is in bytes,
+    by default this machine's.
     """
     context = values_df.sparkSession.sparkContext
     local = str(context.master).startswith("local")
+    values = sum(counted.values())
     each = bytes_a_value(context.defaultParallelism if local else 0)
+    each += TEXTS * -(-texts // max(values, 1))
     free = psutil.virtual_memory().available if free is None else free
-    most, values = free // each - held, sum(counted.values())
+    most = free // each - held
     if values <= most:
         return
     largest = sorted(counted, key=lambda name: (-counted[name], name))

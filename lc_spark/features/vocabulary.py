@@ -1,25 +1,18 @@
-"""Counts the values of fields on the train rows and ranks them into vocabularies.
+"""Counts the values of fields, and the indices of parents and crosses, on the train rows."""
 
-Counting is by 64-bit hash with fixed-width aggregates; a second hash reveals a collision.
-"""
-
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark import StorageLevel
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary, cross_keys, encode
-from lc_spark.errors import LcSparkError
 from lc_spark.features.counts import Counts
 from lc_spark.features.direct import Tally, is_direct, pieces
-from lc_spark.features.memory import refuse_too_many
 from lc_spark.features.prepare import prepared_column, texts_column
-from lc_spark.field_map import OUT_OF_VOCABULARY, FieldInfo, FieldMap
+from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.tables import FILE, ROW
 
 CHUNK_CELLS = 20_000_000  # values counted at once in a Python worker: a few hundred MB
@@ -97,61 +90,6 @@ def _counts_batch(name: str, counts: pa.StructArray) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names=["field", "value", "count"])
 
 
-@dataclass(frozen=True)
-class Given:
-    """Indices that values have from an earlier fit, and which values are too old to get one."""
-
-    known_df: DataFrame | None = None  # (field, index, value, hash): their indices stay
-    sizes: Mapping[str, int] = field(default_factory=dict)  # by field: new indices begin there
-    seen_df: DataFrame | None = None  # (field, hash) of values seen of late: others are left out
-
-
-FRESH = Given()
-
-
-def rank_values(
-    counts_df: DataFrame, min_counts: Mapping[str, int], given: Given = FRESH
-) -> DataFrame:
-    """Rank counted values: index 0 missing, 1 rare, then count descending, value ascending.
-
-    Values that are known keep their indices, new ones come after them. Returns (field, index int,
-    value, hash long, count long) with a null value and hash for indices 0 and 1. Raises
-    LcSparkError when two values of a field share a hash.
-    """
-    if given.known_df is not None:
-        known_df = given.known_df.select("field", "value", F.lit(0).cast("long").alias("count"))
-        counts_df = counts_df.unionByName(known_df)
-    # The seed goes first: chained after the value, it would hash a collision to a collision.
-    hashed_df = counts_df.select(
-        "field",
-        "count",
-        F.when(F.col("value").isNotNull(), F.xxhash64("value")).alias("hash"),
-        F.xxhash64(F.lit(1), F.col("value")).alias("second"),
-    )
-    totals_df = hashed_df.groupBy("field", "hash").agg(
-        F.sum("count").alias("count"),
-        F.min("second").alias("least"),
-        F.max("second").alias("most"),
-    )
-    totals_df = totals_df.persist(StorageLevel.DISK_ONLY)  # read three times
-    values_df = counts_df.where(F.col("value").isNotNull()).select(
-        "field", "value", F.xxhash64("value").alias("hash")
-    )
-    collided = totals_df.where(F.col("hash").isNotNull() & (F.col("least") != F.col("most")))
-    found = collided.agg(F.min(F.struct("field", "hash")).alias("first")).first()
-    if found is not None and found["first"] is not None:
-        name, hashed = found["first"]
-        same = (F.col("field") == name) & (F.col("hash") == hashed)
-        pair = " and ".join(repr(row["value"]) for row in values_df.where(same).distinct().take(2))
-        raise LcSparkError(
-            f"Field '{name}': {pair} have the same 64-bit hash. Change one of them in the source "
-            "(a prefix is enough)."
-        )
-    kept_df = _kept(totals_df.select("field", "hash", "count"), min_counts, given)
-    named_df = kept_df.join(values_df, ["field", "hash"]).dropDuplicates(["field", "hash"])
-    return _with_special_levels(_ranked(named_df, "value", given), totals_df)
-
-
 def count_indices(
     train_df: DataFrame,
     base: FieldMap,
@@ -188,93 +126,3 @@ def count_indices(
     return counts_df.groupBy("field", F.col("value").alias("key")).agg(
         F.sum("count").alias("count")
     )
-
-
-def rank_keys(
-    key_counts_df: DataFrame, min_counts: Mapping[str, int], given: Given = FRESH
-) -> DataFrame:
-    """Rank counted cross keys as rank_values ranks values; key 0 (all parents missing) is index 0.
-
-    Returns (field, index int, key long, hash long, count long); hash is the key.
-    """
-    totals_df = key_counts_df.where(F.col("field").isin(list(min_counts))).select(
-        "field", F.nullif("key", F.lit(0)).alias("hash"), "count"
-    )
-    if given.known_df is not None:
-        known_df = given.known_df.select("field", "hash", F.lit(0).cast("long").alias("count"))
-        both = totals_df.unionByName(known_df).groupBy("field", "hash")
-        totals_df = both.agg(F.sum("count").alias("count"))
-    kept_df = _kept(totals_df, min_counts, given).withColumn("value", F.col("hash"))
-    return _with_special_levels(_ranked(kept_df, "hash", given), totals_df)
-
-
-def _kept(totals_df: DataFrame, min_counts: Mapping[str, int], given: Given) -> DataFrame:
-    """Return (field, hash, count, known) of values to index; known is the index of a known one."""
-    cuts = F.create_map(*[F.lit(x) for pair in min_counts.items() for x in pair])
-    often = F.col("count") >= cuts[F.col("field")]
-    valued_df = totals_df.where(F.col("hash").isNotNull())
-    if given.known_df is not None:
-        known_df = given.known_df.select("field", "hash", F.col("index").alias("known"))
-        joined_df = valued_df.join(known_df, ["field", "hash"], how="left")
-        return joined_df.where(F.col("known").isNotNull() | often)
-    if given.seen_df is not None:
-        valued_df = valued_df.join(given.seen_df, ["field", "hash"], how="left_semi")
-    return valued_df.where(often).withColumn("known", F.lit(None).cast("int"))
-
-
-def _ranked(kept_df: DataFrame, tie_breaker: str, given: Given) -> DataFrame:
-    new = F.col("known").isNull()
-    order = Window.partitionBy("field", new).orderBy(F.desc("count"), F.asc(tie_breaker))
-    first: Column = F.lit(OUT_OF_VOCABULARY + 1)
-    if given.sizes:
-        sizes = F.create_map(*[F.lit(x) for pair in given.sizes.items() for x in pair])
-        first = sizes[F.col("field")]
-    index = F.coalesce("known", (first + F.row_number().over(order) - 1).cast("int"))
-    return kept_df.select("field", index.alias("index"), "value", "hash", "count")
-
-
-def _with_special_levels(ranked_df: DataFrame, totals_df: DataFrame) -> DataFrame:
-    """Add the counts of indices 0 and 1: missing rows, and rows whose value was cut."""
-    sums_df = totals_df.groupBy("field").agg(
-        F.sum(F.when(F.col("hash").isNull(), F.col("count")).otherwise(0)).alias("missing"),
-        F.sum("count").alias("all"),
-    )
-    kept_df = ranked_df.groupBy("field").agg(F.sum("count").alias("kept"))
-    rest = F.col("all") - F.col("missing") - F.coalesce("kept", F.lit(0))
-    special_df = (
-        sums_df.join(kept_df, "field", how="left")
-        .select(
-            "field",
-            F.explode(
-                F.array(
-                    F.struct(F.lit(0).alias("index"), F.col("missing").alias("count")),
-                    F.struct(F.lit(OUT_OF_VOCABULARY).alias("index"), rest.alias("count")),
-                )
-            ).alias("level"),
-        )
-        .select("field", "level.index", "level.count")
-    )
-    return ranked_df.unionByName(special_df, allowMissingColumns=True)
-
-
-def to_vocabulary(
-    ranked_df: DataFrame, infos: Sequence[FieldInfo], held: int = 0, free: int | None = None
-) -> tuple[Vocabulary, dict[str, int]]:
-    """Collect ranked values into a Vocabulary, and the number of indices of each field.
-
-    Raises LcSparkError before anything is collected when the values, and `held` others that there
-    are already, need more than the `free` bytes of memory (by default: this machine's).
-    """
-    values_df = ranked_df.where(F.col("hash").isNotNull())
-    counted = {r["field"]: r["count"] for r in values_df.groupBy("field").count().collect()}
-    refuse_too_many(values_df, counted, held, free)
-    names = sorted(counted)
-    spark = ranked_df.sparkSession
-    # A number in place of the name: a string a row would be more than hash and index together.
-    codes_df = spark.createDataFrame(list(enumerate(names)), "code int, field string")
-    coded_df = values_df.join(F.broadcast(codes_df), "field").select("code", "hash", "index")
-    table = coded_df.toArrow()
-    codes = table["code"].combine_chunks()
-    field = pa.DictionaryArray.from_arrays(codes, pa.array(names, pa.string()))
-    vocabulary = Vocabulary.from_arrow(table.drop_columns(["code"]).append_column("field", field))
-    return vocabulary, {i.name: 2 + len(vocabulary.of(i.name)[0]) for i in infos}

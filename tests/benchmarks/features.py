@@ -23,6 +23,7 @@ from turns import print_turns, take_turns
 
 from lc_spark import config_file, ingest, session, tables
 from lc_spark.features.fit import fit_features
+from lc_spark.features.levels import write_levels
 from lc_spark.features.shards import write_shards
 
 
@@ -57,7 +58,7 @@ def main() -> None:
         train = ingest.split_column(config) == "train"
         train_df = placed_df if arguments.indexer else placed_df.where(train)
         fitted = fit_features(train_df, config.fields, config.seed)
-        tables.write(fitted.levels_df, config, "vocabulary")
+        write_levels(spark, fitted.levels, config)
         write_shards(placed_df, fitted.field_map, fitted.vocabulary, config, version)
         spark.catalog.clearCache()
 
