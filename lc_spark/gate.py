@@ -88,15 +88,17 @@ def compare(spark: SparkSession, config: Config) -> Verdict:
     version = str(facts.read(config, "evaluate")["registered"]).rpartition("/")[2]
     champion = registry.with_alias(config, registry.CHAMPION)
     compared = {"challenger": version} | ({"champion": champion.version} if champion else {})
-    rows_df = _test_rows(spark, config).persist()
+    rows_df = _test_rows(spark, config)
     parts = [
         score.raw_scores_df(
             rows_df, registry.download(config, f"models:/{config.model_name}/{number}"), ("label",)
         ).withColumn("system", F.lit(who))
         for who, number in compared.items()
     ]
-    found = metrics.evaluate_systems(parts[0].unionByName(parts[-1]) if champion else parts[0])
-    rows_df.unpersist()
+    scores_df = parts[0].unionByName(parts[-1]) if champion else parts[0]
+    scores_df = scores_df.persist()  # read twice, and small beside the rows
+    found = metrics.evaluate_systems(scores_df)
+    scores_df.unpersist()
     new, old = found["challenger"], found.get("champion")
     against = reasons_against(config.gate, new, old)
     if champion is not None:
@@ -122,7 +124,8 @@ def rolled_back(tags: Mapping[str, str]) -> tuple[str, ...]:
 
 def _test_rows(spark: SparkSession, config: Config) -> DataFrame:
     """Return the raw rows of the run's test split."""
-    raw_df = tables.read(spark, config, "raw", read_manifest(config)["raw_version"])
+    version = read_manifest(config)["raw_version"]
+    raw_df = tables.read_with_places(spark, config, "raw", version)
     split_df = ingest.rows_of_run(raw_df, config).withColumn("split", ingest.split_column(config))
     return split_df.where(F.col("split") == "test")
 

@@ -15,6 +15,8 @@ from lc_spark.field_kinds import Crossed
 from lc_spark.rows import OWN
 from lc_spark.sources import CORRUPT, first_line, read_source
 
+FILES_A_DAY = 2  # of ``raw``, up to which its rows need not be brought together
+
 
 @dataclass(frozen=True)
 class Ingested:
@@ -134,7 +136,8 @@ def _counts(checked_df: DataFrame) -> tuple[dict[str | None, int], bool]:
     """Return the rows by reason, the most frequent first; None counts the usable rows.
 
     And whether the partitions, written as they are, make few files a day: as they do where the
-    source lies in the order of its days.
+    source lies about in the order of its days. To bring each day together first costs as much as
+    to write all, once more.
 
     A pass of its own: an Observation on the pass that writes would cost less, but from then on the
     session cannot apply an MLlib model (Spark 4.0 then fails to serialise its ObservationManager).
@@ -156,7 +159,7 @@ def _counts(checked_df: DataFrame) -> tuple[dict[str | None, int], bool]:
         .collect()
     )
     good = [row for row in counted if row["__reason"] is None]
-    few_files = all(row["files"] < row["days"] + row["pieces"] for row in good)
+    few_files = all(row["files"] <= FILES_A_DAY * row["days"] + row["pieces"] for row in good)
     return {row["__reason"]: int(row["n"]) for row in counted}, few_files
 
 

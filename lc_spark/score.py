@@ -19,8 +19,8 @@ from lc_spark.config import Config
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features import drift
+from lc_spark.features.direct import Preparer, is_direct, narrow_columns, pieces
 from lc_spark.features.drift import FieldCounts
-from lc_spark.features.prepare import prepared_column
 from lc_spark.features.shards import encoded_columns
 from lc_spark.features.vectors import read_shards
 from lc_spark.field_map import FieldMap, require_same
@@ -113,20 +113,21 @@ def raw_scores_df(raw_df: DataFrame, bundle: Path, keep: tuple[str, ...]) -> Dat
             "other columns can only be replaced by hand (lc-spark promote)."
         )
     shared = raw_df.sparkSession.sparkContext.broadcast(scorer)
+    infos = [info for info in scorer.field_map.fields if info.kind != "crossed"]
+    directly = [info for info in infos if is_direct(raw_df, info)]
 
     def score(batches: Batches) -> Batches:
         torch.set_num_threads(1)  # the task has one core
-        ready = shared.value
-        for batch in batches:
-            columns = {name: batch.column(name) for name in batch.schema.names}
-            scores = pa.array(ready.score_prepared(columns))
+        ready, preparer = shared.value, Preparer(directly)
+        for piece in pieces(batches, directly):
+            columns = {name: piece.batch.column(name) for name in piece.batch.schema.names}
+            scores = pa.array(ready.score_prepared(columns | preparer.prepare(piece)))
             arrays = [*(columns[name] for name in keep), scores]
             yield pa.RecordBatch.from_arrays(arrays, names=[*keep, "score"])
 
     kept = raw_df.select(*keep).schema.fields
     schema = ", ".join([*(f"{c.name} {c.dataType.simpleString()}" for c in kept), "score double"])
-    prepared = [prepared_column(i) for i in scorer.field_map.fields if i.kind != "crossed"]
-    return raw_df.select(*keep, *prepared).mapInArrow(score, schema)
+    return raw_df.select(*keep, *narrow_columns(raw_df, infos)).mapInArrow(score, schema)
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,7 @@ def scored_rows(rows_df: DataFrame, bundle: Path) -> Iterator[Scored]:
     scorer = Scorer(bundle)
     if "__aside" not in rows_df.columns:
         rows_df = rows_df.withColumn("__aside", F.lit(None).cast("string"))
-    prepared = [prepared_column(i) for i in scorer.field_map.fields if i.kind != "crossed"]
-    prepared_df = rows_df.select("row_id", "date", "__aside", *prepared)
-    kept_df = _with_counts_df(prepared_df, scorer).persist(StorageLevel.MEMORY_AND_DISK)
+    kept_df = _with_counts_df(rows_df, scorer).persist(StorageLevel.MEMORY_AND_DISK)
     try:
         found = kept_df.where("counts IS NULL").groupBy("aside").count().collect()
         n: dict[str | None, int] = {row["aside"]: row["count"] for row in found}
@@ -163,19 +162,23 @@ def scored_rows(rows_df: DataFrame, bundle: Path) -> Iterator[Scored]:
         kept_df.unpersist()
 
 
-def _with_counts_df(prepared_df: DataFrame, scorer: Scorer) -> DataFrame:
+def _with_counts_df(rows_df: DataFrame, scorer: Scorer) -> DataFrame:
     """Return a row for each row, scored or aside, and one for each partition with its counts."""
-    shared = prepared_df.sparkSession.sparkContext.broadcast(scorer)
+    shared = rows_df.sparkSession.sparkContext.broadcast(scorer)
+    infos = [info for info in scorer.field_map.fields if info.kind != "crossed"]
+    directly = [info for info in infos if is_direct(rows_df, info)]
     nothing = {"row_id": None, "date": None, "score": None, "aside": None, "counts": None}
 
     def score(batches: Batches) -> Batches:
         torch.set_num_threads(1)
-        ready = shared.value
+        ready, preparer = shared.value, Preparer(directly)
         total = np.zeros(sum(map(drift.n_groups, ready.field_map.fields)), np.int64)
-        for batch in batches:
-            fit = pc.is_null(batch.column("__aside"))
-            good, bad = batch.filter(fit), batch.filter(pc.invert(fit))
+        for piece in pieces(batches, directly):
+            fit = pc.is_null(piece.batch.column("__aside"))
+            good, bad = piece.batch.filter(fit), piece.batch.filter(pc.invert(fit))
             columns = {name: good.column(name) for name in good.schema.names}
+            prepared = preparer.prepare(piece)
+            columns |= {name: column.filter(fit) for name, column in prepared.items()}
             encoded = encode(columns, ready.field_map, ready.vocabulary)
             total += drift.count(encoded, ready.field_map)
             scores = score_encoded(ready.model, encoded, ready.field_map)
@@ -185,6 +188,7 @@ def _with_counts_df(prepared_df: DataFrame, scorer: Scorer) -> DataFrame:
         yield _record_batch({**nothing, "counts": [total]}, 1)
 
     schema = ", ".join(f"{name} {kind}" for name, (kind, _) in KEPT.items())
+    prepared_df = rows_df.select("row_id", "date", "__aside", *narrow_columns(rows_df, infos))
     return prepared_df.mapInArrow(score, schema)
 
 

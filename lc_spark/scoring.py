@@ -78,7 +78,8 @@ def _rows_df(
     spark: SparkSession, config: Config, date: datetime.date | None, field_map: FieldMap
 ) -> DataFrame:
     if date is None:
-        return tables.read(spark, config, "raw")
+        version = tables.version(spark, config, "raw")
+        return tables.read_with_places(spark, config, "raw", version)
     if not config.source.row_id:
         log.warning(
             "score: source.row_id is not set, so a row's id is made of all its columns, labels "
