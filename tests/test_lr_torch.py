@@ -379,7 +379,7 @@ def test_the_pipeline_by_torch_gives_what_mllibs_gives(
     stored = {(r["field"], r["index"]): r["weight"] for r in weights_df.collect()}
     for info in field_map.fields:
         for index in range(info.size):
-            expected = float(network.weight[info.offset + index])
+            expected = float(network.weight.detach()[info.offset + index])
             assert stored[info.name, index] == expected
 
     mllib = config.model_copy(update={"lr": config.lr.model_copy(update={"by": "mllib"})})

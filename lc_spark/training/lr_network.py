@@ -24,7 +24,7 @@ from torch.nn.functional import embedding_bag, softplus
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldMap
 from lc_spark.files import AnyPath
-from lc_spark.training.optim import sum_by_id
+from lc_spark.training.optim import sorted_ids, sum_by_id
 from lc_spark.training.proximal import ProximalAdagrad
 from lc_spark.training.world import World
 
@@ -92,7 +92,7 @@ class LrNetwork:
         labels_B1, values_BC = rows.labels_B.unsqueeze(1), rows.values_BC
         if self.optimiser.steps == 0:
             self._start_biases(labels_B1, seen_Bn)
-        ascending, order = torch.sort(rows.ids_BC.flatten(), stable=True)
+        ascending, order = sorted_ids(rows.ids_BC.flatten())
         ids, places, counts_m = torch.unique_consecutive(
             ascending, return_inverse=True, return_counts=True
         )

@@ -19,13 +19,13 @@ def sum_by_id(ids: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     ids int64 [n], gradients [n, k]; (largest id + 1) * n has to stay below 2^62. The sums are in
     the order of the rows, so on the CPU they are the same every time.
     """
-    ascending, order = _sorted(ids)
+    ascending, order = sorted_ids(ids)
     distinct, counts = torch.unique_consecutive(ascending, return_counts=True)
     starts = counts.cumsum(0) - counts
     return distinct, torch.nn.functional.embedding_bag(order, gradients, starts, mode="sum")
 
 
-def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
+def sorted_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return ids [n] ascending and the places that they had, those of equal ids ascending too."""
     if ids.device.type != "cpu":
         ascending, order = torch.sort(ids, stable=True)
@@ -77,14 +77,14 @@ class RowAdam:
         step_size = rate * math.sqrt(1 - self.BETA2**steps) / (1 - self.BETA1**steps)
         widths = [self.tables[i].shape[1] for i in moving]
         for i, gradient in zip(moving, torch.split(summed, widths, dim=1), strict=True):
-            first = self.first[i][ids].lerp_(gradient, 1 - self.BETA1)
-            second = self.second[i][ids].lerp_(gradient.square(), 1 - self.BETA2)
-            self.first[i][ids] = first
-            self.second[i][ids] = second
-            rows = self.tables[i][ids].mul_(1 - rate * self.weight_decay)
-            self.tables[i][ids] = rows.addcdiv_(
-                first, second.sqrt_().add_(self.EPSILON), value=-step_size
-            )
+            # Not by brackets: these copy whole rows, those element by element.
+            first = self.first[i].index_select(0, ids).lerp_(gradient, 1 - self.BETA1)
+            second = self.second[i].index_select(0, ids).lerp_(gradient.square(), 1 - self.BETA2)
+            self.first[i].index_copy_(0, ids, first)
+            self.second[i].index_copy_(0, ids, second)
+            rows = self.tables[i].index_select(0, ids).mul_(1 - rate * self.weight_decay)
+            rows.addcdiv_(first, second.sqrt_().add_(self.EPSILON), value=-step_size)
+            self.tables[i].index_copy_(0, ids, rows)
 
     def state(self) -> dict[str, Tensor]:
         """Return the state by name; the tensors are the optimiser's own, not copies."""

@@ -49,20 +49,24 @@ class ProximalAdagrad:
 
     def read(self, ids: Tensor) -> Tensor:
         """Return the weights [m, n] of ids int64 [m] as they are now."""
-        return self._now(self.weights[ids], self.squares[ids], self.last[ids])
+        # Not by brackets: this copies whole rows, those element by element.
+        rows = [table.index_select(0, ids) for table in (self.weights, self.squares, self.last)]
+        return self._now(*rows)
 
     def step(self, ids: Tensor, gradients: Tensor, bias_gradient: Tensor) -> None:
         """Update by the sums of the rows' gradients: [m, n] of distinct ids int64 [m], and [n]."""
-        squares = self.squares[ids]
-        weights = self._now(self.weights[ids], squares, self.last[ids])
+        squares = self.squares.index_select(0, ids)
+        weights = self.weights.index_select(0, ids)
+        weights = self._now(weights, squares, self.last.index_select(0, ids))
         squares += gradients.square()
         self.steps += 1
         now = torch.tensor(self.steps, device=ids.device)
         proximal = self._proximal(squares, now)
         before, after = self._penalty(now - 1), self._penalty(now)
-        self.weights[ids] = (weights * (proximal + before) - gradients) / (proximal + after)
-        self.squares[ids] = squares
-        self.last[ids] = self.steps
+        weights = (weights * (proximal + before) - gradients) / (proximal + after)
+        self.weights.index_copy_(0, ids, weights)
+        self.squares.index_copy_(0, ids, squares)
+        self.last.index_fill_(0, ids, self.steps)
         self.bias_squares += bias_gradient.square()
         self.bias -= bias_gradient / self._proximal(self.bias_squares, now)
 
