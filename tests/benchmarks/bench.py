@@ -39,6 +39,10 @@ SECTIONS = {
         "tests/benchmarks/large_d.py",
         "tests/benchmarks/large_d.py --d 1000000000 --steps 100",
     ],
+    "growth": [
+        "tests/benchmarks/growth.py rows 500000 1000000 2000000 4000000",
+        "tests/benchmarks/growth.py fields 40 158 632 --rows 100000",
+    ],
     "optimizer": [
         "tests/benchmarks/m1_optimizer.py conf/synthetic.yaml --channels 1",
         "tests/benchmarks/m1_optimizer.py conf/flights.yaml --channels 8",

@@ -7,7 +7,7 @@ Random start, k = 1, [2048, 1024], made-up batches in memory, every rank a new p
 is sorting ids, summing gradients, exchanging them between ranks and Adam; `gather` reads M1's rows.
 Milliseconds are medians over the steps after the first. `peak` is the most memory that rank 0 ever
 held (ru_maxrss), `process` what it held before M1 was made. The exponents are slopes in
-logarithms: 1 grows in proportion, 0 not at all.
+logarithms: 1 grows in proportion, 0 not at all. The table's figure goes beside this file.
 """
 
 import argparse
@@ -16,9 +16,11 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import made_up
+from matplotlib.figure import Figure
 from training_step import Clock
 
 from lc_spark.systems import Training
@@ -118,8 +120,28 @@ def exponents(steps: int, done: dict[Size, Taken]) -> Iterator[str]:
     yield from fits
 
 
+def draw(done: dict[Size, Taken], path: Path) -> None:
+    """Draw milliseconds, and memory beyond the process, against each thing that grows."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    panels = figure.subplots(2, len(GROWTH), squeeze=False)
+    for column, (name, sizes) in enumerate(GROWTH.items()):
+        x = [getattr(size, name) for size in sizes]
+        taken = [done[size] for size in sizes]
+        times, memory = panels[0][column], panels[1][column]
+        for marker, part in zip("os^", ("step", "gather", "update"), strict=True):
+            times.plot(x, [1e3 * getattr(t, part) for t in taken], marker=marker, label=part)
+        memory.plot(x, [(t.peak - t.before) / 1e9 for t in taken], marker="o")
+        for axes, label in ((times, "ms"), (memory, "GB beyond the process")):
+            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
+            axes.set_xticks(x, [f"{n:.0e}" if n > 99_999 else f"{n:,}" for n in x])
+            axes.minorticks_off()
+            axes.grid(color="#d5d5d5", linewidth=0.6)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, measure, print, draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,8 +156,10 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     if arguments.d is None:
-        for text in exponents(arguments.steps, {}):
+        done: dict[Size, Taken] = {}
+        for text in exponents(arguments.steps, done):
             print(text, flush=True)
+        draw(done, Path(__file__).parent / "growth_step.svg")
         return
     size = Size(d=arguments.d, batch_size=arguments.batch_size)
     taken = made_up.in_ranks(measure, 1, size, arguments.steps)[0]

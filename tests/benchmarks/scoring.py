@@ -3,8 +3,8 @@
     python tests/benchmarks/scoring.py [--config conf/flights.yaml] [--times 5]
 
 Rows of the config's `raw` and its champion; no table is written. `score` reads, encodes, counts for
-drift and scores every row, `encode` reads and encodes, `read` only prepares the hashes and numbers
-in the JVM. They take turns after one round that is not counted.
+drift and scores every row, `encode` reads and encodes, `read` only prepares the hashes and numbers,
+of all fields, in the JVM. They take turns after one round that is not counted.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def main() -> None:
     overrides = [f"workspace={arguments.workspace}"] if arguments.workspace else []
     config = config_file.load(arguments.config, overrides)
     spark = session.start(config)
-    raw_df = tables.read(spark, config, "raw")
+    version = tables.version(spark, config, "raw")
+    raw_df = tables.read_with_places(spark, config, "raw", version)
     bundle = registry.download(config, f"models:/{config.model_name}@champion")
     scorer = Scorer(bundle)
     prepared = [prepared_column(i) for i in scorer.field_map.fields if i.kind != "crossed"]
