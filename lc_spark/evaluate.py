@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -162,16 +161,18 @@ def evaluate_scores(
     group = "group" if "group" in scores_df.columns else None
     found = metrics.evaluate_systems(scores_df, group)
     valid = metrics.log_losses(all_scores_df(spark, config, field_map, "valid"))
-    evaluated = []
-    for system in config.systems:
-        system_df = scores_df.where(F.col("system") == system.name)
-        system_df = system_df.persist(StorageLevel.MEMORY_AND_DISK)
-        deciles = metrics.score_buckets(system_df, 10)
-        roc = metrics.roc_points(metrics.score_buckets(system_df, ROC_BUCKETS))
-        system_df.unpersist()
-        name = system.name
-        evaluated.append(Evaluated(system, found[name], valid[name], deciles, roc))
-    return evaluated
+    deciles = metrics.score_buckets(scores_df, 10)
+    fine = metrics.score_buckets(scores_df, ROC_BUCKETS)
+    return [
+        Evaluated(
+            system,
+            found[system.name],
+            valid[system.name],
+            deciles[system.name],
+            metrics.roc_points(fine[system.name]),
+        )
+        for system in config.systems
+    ]
 
 
 def best_reachable(config: Config, scores_df: DataFrame) -> Metrics | None:

@@ -15,7 +15,7 @@ from lc_spark.field_kinds import Crossed
 from lc_spark.rows import OWN
 from lc_spark.sources import CORRUPT, first_line, read_source
 
-FILES_A_DAY = 2  # of ``raw``, up to which its rows need not be brought together
+FILES_A_DAY = 2  # of ``raw``, about: up to these its rows need not be brought together
 
 
 @dataclass(frozen=True)

@@ -187,19 +187,28 @@ def _group_aucs(scores_df: DataFrame, group: str) -> dict[str, tuple[float | Non
     return {row["system"]: (row["auc"], int(row["n"]), int(row["left_out"])) for row in rows}
 
 
-def score_buckets(scores_df: DataFrame, n: int) -> list[Bucket]:
-    """Return about n buckets of equal size, from the lowest scores to the highest."""
+def score_buckets(scores_df: DataFrame, n: int) -> dict[str, list[Bucket]]:
+    """Return for each system in (system, label, score) about n buckets of equal size, ascending."""
     shares = [i / n for i in range(1, n)]
-    row = scores_df.agg(F.percentile_approx("score", shares, 100_000).alias("edges")).first()
-    edges = sorted(set(row["edges"])) if row else []
-    below = F.filter(F.array(*[F.lit(e) for e in edges]), lambda edge: edge < F.col("score"))
-    buckets = (
-        scores_df.groupBy(F.size(below).alias("bucket"))
+    edges = F.percentile_approx("score", shares, 100_000).alias("edges")
+    found = scores_df.groupBy("system").agg(edges).collect()
+    edges_df = scores_df.sparkSession.createDataFrame(
+        [(row["system"], sorted(set(row["edges"]))) for row in found],
+        "system string, edges array<double>",
+    )
+    below = F.filter("edges", lambda edge: edge < F.col("score"))
+    rows = (
+        scores_df.join(F.broadcast(edges_df), "system")
+        .groupBy("system", F.size(below).alias("bucket"))
         .agg(F.count("*").alias("rows"), F.sum("label").alias("p"), F.avg("score").alias("mean"))
-        .orderBy("bucket")
+        .orderBy("system", "bucket")
         .collect()
     )
-    return [Bucket(int(b["rows"]), int(b["p"]), float(b["mean"])) for b in buckets]
+    buckets: dict[str, list[Bucket]] = {}
+    for row in rows:
+        bucket = Bucket(int(row["rows"]), int(row["p"]), float(row["mean"]))
+        buckets.setdefault(row["system"], []).append(bucket)
+    return buckets
 
 
 def roc_points(buckets: list[Bucket]) -> tuple[list[float], list[float]]:

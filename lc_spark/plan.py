@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from lc_spark.config import Config
+from lc_spark.features.memory import COLLECTING, TEXTS
 from lc_spark.features.vectors import MAX_FEATURES
 from lc_spark.features.vocabulary import CHUNK_CELLS
 from lc_spark.field_map import FieldMap
@@ -36,6 +37,7 @@ ROW_COPIES = 2  # as vectors, and in the blocks that MLlib makes of them
 ROW_BYTES, ENTRY_BYTES = 100, 12  # of a sparse vector, and of an index and value in it
 CELL_BYTES = 16  # of a value that a worker counts, as text
 VOCABULARY_BYTES = 12  # an entry: int64 hash, int32 index
+TEXT_BYTES = 16  # of a value, about
 CHECKPOINT = 3  # copies of the weights in a file: themselves and two moments
 
 
@@ -105,7 +107,7 @@ class Plan:
         cells = len(self.field_map.fields) * self.trial.split_rows["train"] // cores
         worker = PYTHON_BYTES + CELL_BYTES * min(CHUNK_CELLS, cells)
         worker += 2 * VOCABULARY_BYTES * entries  # as it came and as it is used
-        driver = PYTHON_BYTES + 8 * VOCABULARY_BYTES * entries  # collected with its fields' names
+        driver = PYTHON_BYTES + (COLLECTING + TEXTS * TEXT_BYTES) * entries
         ranks = [
             self.config.training_of(s).ranks * (self.machine.rank_bytes + self.rank_bytes(s))
             for s in self.networks

@@ -19,7 +19,7 @@ from lc_spark.config import Config
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features import drift
-from lc_spark.features.direct import Preparer, is_direct, narrow_columns, pieces
+from lc_spark.features.direct import Preparer, direct_fields, narrow_columns, pieces
 from lc_spark.features.drift import FieldCounts
 from lc_spark.features.shards import encoded_columns
 from lc_spark.features.vectors import read_shards
@@ -114,7 +114,7 @@ def raw_scores_df(raw_df: DataFrame, bundle: Path, keep: tuple[str, ...]) -> Dat
         )
     shared = raw_df.sparkSession.sparkContext.broadcast(scorer)
     infos = [info for info in scorer.field_map.fields if info.kind != "crossed"]
-    directly = [info for info in infos if is_direct(raw_df, info)]
+    directly = direct_fields(raw_df, infos)
 
     def score(batches: Batches) -> Batches:
         torch.set_num_threads(1)  # the task has one core
@@ -166,7 +166,7 @@ def _with_counts_df(rows_df: DataFrame, scorer: Scorer) -> DataFrame:
     """Return a row for each row, scored or aside, and one for each partition with its counts."""
     shared = rows_df.sparkSession.sparkContext.broadcast(scorer)
     infos = [info for info in scorer.field_map.fields if info.kind != "crossed"]
-    directly = [info for info in infos if is_direct(rows_df, info)]
+    directly = direct_fields(rows_df, infos)
     nothing = {"row_id": None, "date": None, "score": None, "aside": None, "counts": None}
 
     def score(batches: Batches) -> Batches:

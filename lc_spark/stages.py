@@ -56,10 +56,12 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
         old = None if before is None else refresh.grown_from(spark, config, before)
         recent_df = _recent(train_df, config) if old is None else None
         fitted = fit_features(train_df, fields, config.seed, old, recent_df)
+        field_map, vocabulary = fitted.field_map, fitted.vocabulary
         vocabulary_version = write_levels(spark, fitted.levels, config)
-        fitted.field_map.write(config.run_path / "field_map.json")
-        fitted.vocabulary.write(config.run_path / "vocabulary.parquet")
-        manifest = write_shards(raw_df, fitted.field_map, fitted.vocabulary, config, raw_version)
+        del fitted  # the texts of all values
+        field_map.write(config.run_path / "field_map.json")
+        vocabulary.write(config.run_path / "vocabulary.parquet")
+        manifest = write_shards(raw_df, field_map, vocabulary, config, raw_version)
         split_rows = {r["split"]: r["count"] for r in split_df.groupBy("split").count().collect()}
         shard_rows = {split: part["rows"] for split, part in manifest["splits"].items()}
         if split_rows != shard_rows:
@@ -67,7 +69,6 @@ def features_stage(spark: SparkSession, config: Config, parent: str) -> Facts:
                 f"raw has {split_rows} rows, the shards {shard_rows}: 'raw' changed while they "
                 "were written. Run the stage 'features' again."
             )
-        field_map = fitted.field_map
         train_parts = part_files(config.run_path / "shards", "train")
         train_counts = drift.count_shards(spark, train_parts, field_map)
         files.write_text(config.run_path / drift.TRAIN_COUNTS, train_counts.to_json())

@@ -49,6 +49,14 @@ def exists(spark: SparkSession, config: Config, name: TableName) -> bool:
     return DeltaTable.isDeltaTable(spark, path_of(config, name))
 
 
+def _require(spark: SparkSession, config: Config, name: TableName) -> None:
+    if not exists(spark, config, name):
+        raise LcSparkError(
+            f"There is no table '{name}' in {config.workspace}: run the stage "
+            f"'{WRITTEN_BY[name]}' first."
+        )
+
+
 def read(
     spark: SparkSession, config: Config, name: TableName, version: int | None = None
 ) -> DataFrame:
@@ -56,11 +64,7 @@ def read(
 
     Raises LcSparkError, with the stage to run, when it does not exist.
     """
-    if not exists(spark, config, name):
-        raise LcSparkError(
-            f"There is no table '{name}' in {config.workspace}: run the stage "
-            f"'{WRITTEN_BY[name]}' first."
-        )
+    _require(spark, config, name)
     reader = spark.read.format("delta")
     if version is not None:
         reader = reader.option("versionAsOf", version)
@@ -92,7 +96,8 @@ def write(
 
 
 def version(spark: SparkSession, config: Config, name: TableName) -> int:
-    """Return the present version of a table."""
+    """Return the present version of a table; raises LcSparkError, as read, when there is none."""
+    _require(spark, config, name)
     row = DeltaTable.forPath(spark, path_of(config, name)).history(1).select("version").first()
     if row is None:
         raise LcSparkError(f"The table '{name}' in {config.workspace} has no history.")

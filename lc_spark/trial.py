@@ -170,7 +170,7 @@ def _time_stages(
 
 
 def _time_features(raw_df: DataFrame, there: Config, n: int) -> tuple[Line, FieldMap]:
-    """Time the features stage; what its tasks took grows with the rows, the rest does not."""
+    """Time the features stage; its tasks are taken to grow with the rows, the rest not to grow."""
     spark = raw_df.sparkSession
     started, tasks = time.perf_counter(), _task_seconds(spark)
     train_df = raw_df.where(ingest.split_column(there) == "train")

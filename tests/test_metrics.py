@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from sklearn.metrics import log_loss, roc_auc_score, roc_curve
 
 from lc_spark import metrics
@@ -143,9 +144,19 @@ def test_auc_keeps_under_a_monotone_map_and_turns_with_the_labels(
     assert metrics.exact_auc(frame(spark, 1 - labels, scores)) == pytest.approx(1 - auc, abs=CLOSE)
 
 
+def buckets_of(scores_df: DataFrame, n: int) -> list[Bucket]:
+    """The buckets of one system, whatever others there are."""
+    other_df = scores_df.select(F.lit("b").alias("system"), "label", F.lit(0.25).alias("score"))
+    both_df = scores_df.select(F.lit("a").alias("system"), "label", "score").unionByName(other_df)
+    found = metrics.score_buckets(both_df, n)
+    assert list(found) == ["a", "b"]
+    assert len(found["b"]) == 1
+    return found["a"]
+
+
 def test_score_buckets_take_every_row_once_in_order(spark: SparkSession) -> None:
     labels, scores = drawn(20_000, 4, 9)
-    buckets = metrics.score_buckets(frame(spark, labels, scores), 10)
+    buckets = buckets_of(frame(spark, labels, scores), 10)
     assert len(buckets) == 10
     assert [b.rows for b in buckets] == pytest.approx([2000] * 10, abs=5)
     assert sum(b.rows for b in buckets) == len(labels)
@@ -157,13 +168,13 @@ def test_score_buckets_take_every_row_once_in_order(spark: SparkSession) -> None
 
 
 def test_equal_scores_share_a_bucket(spark: SparkSession) -> None:
-    buckets = metrics.score_buckets(frame(spark, [0, 1, 1, 0], [0.5, 0.5, 0.5, 0.9]), 10)
+    buckets = buckets_of(frame(spark, [0, 1, 1, 0], [0.5, 0.5, 0.5, 0.9]), 10)
     assert buckets == [Bucket(3, 2, 0.5), Bucket(1, 0, 0.9)]
 
 
 def test_roc_points_rise_from_zero_to_one_along_scikit_learns_curve(spark: SparkSession) -> None:
     labels, scores = drawn(20_000, 8, 9)
-    buckets = metrics.score_buckets(frame(spark, labels, scores), 200)
+    buckets = buckets_of(frame(spark, labels, scores), 200)
     fpr, tpr = metrics.roc_points(buckets)
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
     assert (np.diff(fpr) >= 0).all()

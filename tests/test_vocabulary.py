@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import levels_of
 from numpy.typing import NDArray
@@ -12,9 +13,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
+from lc_spark.features import levels as level_names
 from lc_spark.features import memory
 from lc_spark.features.fit import Fitted, fit_features
-from lc_spark.features.levels import SCHEMA as LEVELS
 from lc_spark.features.ranking import rank_values, to_vocabulary
 from lc_spark.features.vocabulary import count_values
 from lc_spark.field_kinds import AnyField
@@ -179,7 +180,18 @@ def test_levels_are_one_row_a_feature(
         info.name: list(range(info.size)) for info in fitted.field_map.fields
     }
     assert sum(len(found) for found in levels.values()) == fitted.field_map.d
-    assert LEVELS.names == ["field", "index", "value", "hash", "count"]
+    assert level_names.SCHEMA.names == ["field", "index", "value", "hash", "count"]
+
+
+def test_levels_are_the_same_in_smaller_batches(
+    fitted: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = pa.Table.from_batches(fitted.levels.batches())
+    assert expected.schema == level_names.SCHEMA
+    monkeypatch.setattr(level_names, "ROWS_AT_ONCE", 2)
+    batches = list(fitted.levels.batches())
+    assert max(batch.num_rows for batch in batches) == 2
+    assert pa.Table.from_batches(batches).combine_chunks().equals(expected.combine_chunks())
 
 
 def test_crosses_come_after_their_parents(fitted: Fitted) -> None:

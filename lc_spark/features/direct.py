@@ -27,18 +27,27 @@ from lc_spark.tables import FILE, ROW
 Batches = Iterable[pa.RecordBatch]
 
 
-def is_direct(df: DataFrame, info: FieldInfo) -> bool:
-    """Return whether a field's values can be read here: texts and numbers of rows with places."""
-    if FILE not in df.columns:
-        return False
-    numeric = info.kind in ("bucketed", "continuous") and info.column_type in (*INTEGERS, *FLOATS)
-    return numeric or (info.kind == "categorical" and info.column_type == "string")
+def direct_fields(df: DataFrame, infos: Sequence[FieldInfo]) -> list[FieldInfo]:
+    """Return the fields whose values can be read here: texts and numbers of rows with places.
+
+    A column that is absent, or of another type than when the field was fitted, is for Spark.
+    """
+    types = dict(df.dtypes)
+    if FILE not in types:
+        return []
+    found = [info for info in infos if types.get(info.column) == info.column_type]
+    return [
+        info
+        for info in found
+        if (info.kind == "categorical" and info.column_type == "string")
+        or (info.kind in ("bucketed", "continuous") and info.column_type in (*INTEGERS, *FLOATS))
+    ]
 
 
 def narrow_columns(df: DataFrame, infos: Sequence[FieldInfo]) -> list[Column]:
     """Return what Spark passes on for fields: the prepared column, or where all direct ones are."""
-    through = [prepared_column(info) for info in infos if not is_direct(df, info)]
-    direct = any(is_direct(df, info) for info in infos)
+    direct = {info.name for info in direct_fields(df, infos)}
+    through = [prepared_column(info) for info in infos if info.name not in direct]
     return [*through, *([F.col(FILE), F.col(ROW)] if direct else [])]
 
 

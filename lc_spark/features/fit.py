@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame
@@ -80,19 +79,21 @@ def fit_features(
         numeric = [old.field_map[f.name] for f in numbers]
     cuts = {f.name: f.min_count for f in fields if not isinstance(f, Bucketed | Continuous)}
     texts = [_text_info(f, types) for f in valued]
-    values, texts = _fit_values(train_df, texts, cuts, old, recent_df)
+    values, words, texts = _fit_values(train_df, texts, cuts, old, recent_df)
     by_name = {info.name: info for info in (*numeric, *texts)}
     base = FieldMap(tuple(by_name[f.name] for f in fields if f.name in by_name))
     crosses = [_cross_info(f) for f in fields if isinstance(f, Crossed)]
-    keys, counts, crosses = _fit_crosses(train_df, crosses, base, values, cuts, old, recent_df)
+    keys, key_words, counts, crosses = _fit_crosses(
+        train_df, crosses, base, words, cuts, old, recent_df
+    )
     for info in numeric:
         if info.kind == "continuous":
             present = found[f"present {info.name}"]
             counts[info.name] = np.array([found["rows"] - present, present])
     parent = "" if old is None else old.field_map.fingerprint
     field_map = FieldMap((*base.fields, *crosses), parent=parent)
-    ranked = {**values, **keys}
-    return Fitted(field_map, to_vocabulary(ranked), Levels(field_map, ranked, counts))
+    words = Vocabulary({**words.entries, **key_words.entries})
+    return Fitted(field_map, words, Levels(field_map, {**values, **keys}, counts))
 
 
 def _fit_values(
@@ -101,11 +102,11 @@ def _fit_values(
     cuts: Mapping[str, int],
     old: Grown | None,
     recent_df: DataFrame | None,
-) -> tuple[dict[str, Ranked], list[FieldInfo]]:
-    """Fit categorical and multivalued fields: ranked values, infos with sizes."""
+) -> tuple[dict[str, Ranked], Vocabulary, list[FieldInfo]]:
+    """Fit categorical and multivalued fields: ranked values, vocabulary, infos with sizes."""
     counted = [info for info in infos if info.hashed is None]
     if not counted:
-        return {}, infos
+        return {}, Vocabulary({}), infos
     given = _given(old, counted)
     if recent_df is not None:
         seen_df = count_values(recent_df, counted).select("field", F.xxhash64("value"))
@@ -114,50 +115,56 @@ def _fit_values(
     counts_df = count_values(train_df, counted).persist(StorageLevel.DISK_ONLY)
     ranked = rank_values(counts_df, value_cuts, given)
     counts_df.unpersist()
-    return ranked, _sized(infos, ranked)
+    words = to_vocabulary(ranked)
+    return ranked, words, _sized(infos, ranked, words)
 
 
 def _fit_crosses(
     train_df: DataFrame,
     infos: list[FieldInfo],
     base: FieldMap,
-    values: dict[str, Ranked],
+    words: Vocabulary,
     cuts: Mapping[str, int],
     old: Grown | None,
     recent_df: DataFrame | None,
-) -> tuple[dict[str, Ranked], dict[str, NDArray[np.int64]], list[FieldInfo]]:
-    """Fit crosses: ranked keys, counts of the indices of base's other fields, infos with sizes."""
+) -> tuple[dict[str, Ranked], Vocabulary, dict[str, NDArray[np.int64]], list[FieldInfo]]:
+    """Fit crosses: ranked keys and their vocabulary, counts of the indices of fields without one,
+    infos with sizes.
+    """
     for info in infos:
         check_cross_fits(info, base)
     ranked = [info for info in infos if info.hashed is None]
     counted_map = FieldMap((*base.fields, *(i for i in infos if i.hashed is not None)))
     plain = [i for i in counted_map.fields if i.kind == "bucketed" or i.hashed is not None]
     if not plain and not ranked:
-        return {}, {}, infos
-    words = to_vocabulary(values)
+        return {}, Vocabulary({}), {}, infos
     keys_df = count_indices(train_df, counted_map, words, ranked).persist(StorageLevel.DISK_ONLY)
     given = _given(old, ranked, base)
     if recent_df is not None:
         seen_df = count_indices(recent_df, counted_map, words, ranked)
         given = Given(seen_df=seen_df.select("field", F.col("key").alias("hash")))
     cross_cuts = {info.name: cuts[info.name] for info in ranked}
-    keys = rank_keys(keys_df, cross_cuts, given, sum(len(v.hashes) for v in values.values()))
+    held = sum(len(hashes) for hashes, _ in words.entries.values())
+    keys = rank_keys(keys_df, cross_cuts, given, held)
     counts = _index_counts(keys_df, plain)
     keys_df.unpersist()
-    return keys, counts, _sized(infos, keys)
+    key_words = to_vocabulary(keys)
+    return keys, key_words, counts, _sized(infos, keys, key_words)
 
 
 def _index_counts(keys_df: DataFrame, infos: list[FieldInfo]) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each index [size] of fields without a vocabulary."""
-    names = [info.name for info in infos]
-    table = keys_df.where(F.col("field").isin(names)).toArrow() if names else None
-    counts = {}
-    for info in infos:
-        assert table is not None, "there are fields"
-        own = table.filter(pc.equal(table["field"], info.name))
-        counts[info.name] = np.zeros(info.size, np.int64)
-        counts[info.name][own["key"].to_numpy()] = own["count"].to_numpy()
-    return counts
+    if not infos:
+        return {}
+    offsets = np.cumsum([0, *(info.size for info in infos)])
+    starts = [(i.name, int(start)) for i, start in zip(infos, offsets, strict=False)]
+    starts_df = keys_df.sparkSession.createDataFrame(starts, "field string, start long")
+    placed_df = keys_df.join(F.broadcast(starts_df), "field")
+    table = placed_df.select((F.col("start") + F.col("key")).alias("place"), "count").toArrow()
+    flat = np.zeros(offsets[-1], np.int64)
+    flat[table["place"].to_numpy()] = table["count"].to_numpy()
+    parts = np.split(flat, offsets[1:-1])
+    return {info.name: part for info, part in zip(infos, parts, strict=True)}
 
 
 def _check_same(fields: Sequence[AnyField], old_map: FieldMap) -> None:
@@ -237,9 +244,8 @@ def _cross_info(field: Crossed) -> FieldInfo:
     return FieldInfo(field.name, "crossed", size=size, of=field.of, hashed=field.hashed)
 
 
-def _sized(infos: list[FieldInfo], ranked: dict[str, Ranked]) -> list[FieldInfo]:
+def _sized(infos: list[FieldInfo], ranked: dict[str, Ranked], words: Vocabulary) -> list[FieldInfo]:
     """Return the fields with the sizes and digests of their vocabularies, where they have one."""
-    words = to_vocabulary(ranked)
     return [
         dataclasses.replace(
             info,

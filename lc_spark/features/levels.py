@@ -1,8 +1,9 @@
 """Names the levels of fields: what each index of each field stands for, as people read it."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from lc_spark.field_map import FieldInfo, FieldMap
 MISSING_LEVEL = "(missing)"
 OTHER_LEVEL = "(other)"
 VALUE_LEVEL = "(value)"  # the weight that multiplies a continuous value
-ROWS_AT_ONCE = 1 << 20  # the names of a cross are long: only so many at a time
+ROWS_AT_ONCE = 1 << 20  # names of crosses are long: only so many at a time
 SCHEMA = pa.schema(
     [
         ("field", pa.string()),
@@ -29,6 +30,8 @@ SCHEMA = pa.schema(
         ("count", pa.int64()),
     ]
 )
+
+Namer = Callable[[NDArray[np.integer[Any]]], pa.Array]  # indices, ascending, -> their names
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,13 @@ class Levels:
         hash is that of the value, or the key of a cross; null where there is none.
         """
         for info in self.field_map.fields:
-            names = self._cross_names(info) if info.name in self._crosses else [self._names(info)]
-            at = 0
-            for part in names:
-                for values in _slices(part):
-                    indices = np.arange(at, at + len(values), dtype=np.int32)
-                    hashes, counts = self._numbers(info, at, at + len(values))
-                    field = pa.repeat(info.name, len(values))
-                    columns = [field, pa.array(indices), values, hashes, counts]
-                    yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
-                    at += len(values)
-
-    @property
-    def _crosses(self) -> set[str]:
-        return {i.name for i in self.field_map.fields if i.kind == "crossed" and i.hashed is None}
+            names = self._namer(info)
+            for first in range(0, info.size, ROWS_AT_ONCE):
+                last = min(first + ROWS_AT_ONCE, info.size)
+                indices = np.arange(first, last, dtype=np.int32)
+                field, numbers = pa.repeat(info.name, len(indices)), pa.array(indices)
+                columns = [field, numbers, names(indices), *self._numbers(info, first, last)]
+                yield pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
     def _numbers(self, info: FieldInfo, first: int, last: int) -> tuple[pa.Array, pa.Array]:
         """Return the hashes and the counts of some of a field's indices."""
@@ -70,37 +66,44 @@ class Levels:
         hashes = pa.concat_arrays([pa.nulls(few, pa.int64()), pa.array(ranked.hashes[own])])
         return hashes, pa.array(np.concatenate([special, ranked.counts[own]]))
 
-    def _names(self, info: FieldInfo) -> pa.Array:
-        """Return the names of all levels of a field that is no cross, or a hashed one."""
-        if info.kind == "continuous":
-            return _texts([MISSING_LEVEL, VALUE_LEVEL])
-        if info.kind == "bucketed":
-            return _texts(_bucket_names(info))
+    def _namer(self, info: FieldInfo) -> Namer:
+        """Return what names indices of a field."""
         if info.hashed is not None:
-            numbers = pa.array(range(1, info.size)).cast(pa.large_string())
-            slots = _joined(pa.scalar("#", pa.large_string()), numbers, by="")
-            return pa.concat_arrays([_texts([MISSING_LEVEL]), slots])
-        values = self.ranked[info.name].values
-        return pa.concat_arrays([_texts([MISSING_LEVEL, OTHER_LEVEL]), values])
+            return _slot_names
+        if info.kind == "crossed":
+            return self._cross_namer(info)
+        if info.kind == "continuous":
+            names = _texts([MISSING_LEVEL, VALUE_LEVEL])
+        elif info.kind == "bucketed":
+            names = _texts(_bucket_names(info))
+        else:
+            special = _texts([MISSING_LEVEL, OTHER_LEVEL])
+            names = pa.concat_arrays([special, self.ranked[info.name].values])
+        return lambda indices: names.take(pa.array(indices))
 
-    def _cross_names(self, info: FieldInfo) -> Iterator[pa.Array]:
-        """Yield the names of a cross by its parents' levels, such as 'JFK × LAX', in parts."""
-        yield _texts([MISSING_LEVEL, OTHER_LEVEL])
+    def _cross_namer(self, info: FieldInfo) -> Namer:
+        """Return what names a cross by its parents' levels, such as 'JFK × LAX'."""
         parents = [self.field_map[name] for name in info.of]
-        names = [self._names(parent) for parent in parents]
+        namers = [self._namer(parent) for parent in parents]
         keys = self.ranked[info.name].hashes
-        for at in range(0, len(keys), ROWS_AT_ONCE):
-            rest = keys[at : at + ROWS_AT_ONCE]
+
+        def names(indices: NDArray[np.integer[Any]]) -> pa.Array:
+            special = [(MISSING_LEVEL, OTHER_LEVEL)[i] for i in indices if i < FIRST]
+            rest = keys[indices[len(special) :] - FIRST]
             parts: list[pa.Array] = []
-            for parent, texts in zip(reversed(parents), reversed(names), strict=True):
-                rest, indices = np.divmod(rest, parent.size)
-                parts.insert(0, texts.take(pa.array(indices)))
-            yield _joined(*parts, by=" × ")
+            for parent, namer in zip(reversed(parents), reversed(namers), strict=True):
+                rest, at = np.divmod(rest, parent.size)
+                parts.insert(0, namer(at))
+            return pa.concat_arrays([_texts(special), _joined(*parts, by=" × ")])
+
+        return names
 
 
-def _slices(texts: pa.Array) -> Iterator[pa.Array]:
-    for at in range(0, len(texts), ROWS_AT_ONCE):
-        yield texts.slice(at, ROWS_AT_ONCE)
+def _slot_names(indices: NDArray[np.integer[Any]]) -> pa.Array:
+    """Return the names of a hashed field's indices."""
+    numbers = pa.array(indices).cast(pa.large_string())
+    names = _joined(pa.scalar("#", pa.large_string()), numbers, by="")
+    return pc.if_else(pa.array(indices == 0), pa.scalar(MISSING_LEVEL, pa.large_string()), names)
 
 
 def _texts(texts: list[str]) -> pa.Array:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyspark.sql import DataFrame
 
 from lc_spark.encoder import Vocabulary, encode
-from lc_spark.features.direct import Preparer, is_direct, narrow_columns, pieces
+from lc_spark.features.direct import Preparer, direct_fields, narrow_columns, pieces
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.files import as_path
 
@@ -38,7 +38,7 @@ def packed_df(
     shared = raw_df.sparkSession.sparkContext.broadcast((field_map, vocabulary))
 
     infos = [info for info in field_map.fields if info.kind != "crossed"]
-    directly = [info for info in infos if is_direct(raw_df, info)]
+    directly = direct_fields(raw_df, infos)
 
     def encode_batches(batches: Batches) -> Iterator[pa.RecordBatch]:
         fields, words = shared.value

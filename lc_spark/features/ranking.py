@@ -51,7 +51,7 @@ class Ranked:
 class _Totals:
     """Sums by field, and one row a value that is kept: its field's code, and what it counts."""
 
-    sums: Mapping[str, Any]  # (missing, rows, kept, kept_rows)
+    sums: Mapping[str, Any]  # (missing, rows, kept, kept_rows, bytes, collided)
     codes: Mapping[str, int]
     kept: pa.Table  # (code, hash, count, known), by code and hash
 
@@ -78,7 +78,8 @@ def rank_values(
         "value",
         "count",
         F.when(text.isNotNull(), F.xxhash64(text)).alias("hash"),
-        F.spark_partition_id().alias("part"),  # the first that has a value passes its text on
+        # The task with the least of these passes a value's text on: at random, or one had them all.
+        F.pmod(F.hash(F.spark_partition_id(), text), F.lit(2**31 - 1)).alias("part"),
     )
     rows_df = _with_given(rows_df, given)
     # The seed goes first: chained after the value, it would hash a collision to a collision.
@@ -187,7 +188,7 @@ def _totals(
         F.min(F.when(collided, F.col("hash"))).alias("collided"),
     )
     sums = {row["field"]: row for row in found.collect()}
-    counted = {name: row["kept"] for name, row in sums.items()}
+    counted = {name: row["kept"] for name, row in sums.items() if row["kept"]}
     texts = sum(row["bytes"] or 0 for row in sums.values())
     kept_df = kept_df.where("keep")
     refuse_too_many(kept_df.select("field", "count"), counted, texts, held, free)

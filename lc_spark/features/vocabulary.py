@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary, cross_keys, encode
 from lc_spark.features.counts import Counts
-from lc_spark.features.direct import Tally, is_direct, pieces
+from lc_spark.features.direct import Tally, direct_fields, pieces
 from lc_spark.features.prepare import prepared_column, texts_column
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.tables import FILE, ROW
@@ -26,8 +26,8 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
     Returns (field string, value string, count long), a distinct value once for each task, or more
     often where a task meets very many of them; null stands for missing.
     """
-    directly = [info for info in infos if is_direct(train_df, info)]
-    others = [info for info in infos if not is_direct(train_df, info)]
+    directly = direct_fields(train_df, infos)
+    others = [info for info in infos if info not in directly]
     # min_count counts rows: a value twice in one row is still one row.
     columns = [
         (texts_column(i) if i.kind == "categorical" else F.array_distinct(texts_column(i))).alias(
