@@ -15,7 +15,8 @@ from lc_spark.field_kinds import Crossed
 from lc_spark.rows import OWN
 from lc_spark.sources import CORRUPT, first_line, read_source
 
-FILES_A_DAY = 2  # of ``raw``, about: up to these its rows need not be brought together
+# Up to so many files a day, about, or with so many rows a file, ``raw`` is written as rows come.
+FILES_A_DAY, FILE_ROWS = 2, 65_536
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def _check_own_columns(config: Config) -> None:
 def _counts(checked_df: DataFrame) -> tuple[dict[str | None, int], bool]:
     """Return the rows by reason, the most frequent first; None counts the usable rows.
 
-    And whether the partitions, written as they are, make few files a day: as they do where the
-    source lies about in the order of its days. To bring each day together first costs as much as
+    And whether the partitions, written as they are, make few files, or large ones: as they do where
+    the source lies about in the order of its days. To bring each day together first costs as much as
     to write all, once more.
 
     A pass of its own: an Observation on the pass that writes would cost less, but from then on the
@@ -159,7 +160,10 @@ def _counts(checked_df: DataFrame) -> tuple[dict[str | None, int], bool]:
         .collect()
     )
     good = [row for row in counted if row["__reason"] is None]
-    few_files = all(row["files"] <= FILES_A_DAY * row["days"] + row["pieces"] for row in good)
+    few_files = all(
+        row["files"] <= max(FILES_A_DAY * row["days"] + row["pieces"], row["n"] // FILE_ROWS)
+        for row in good
+    )
     return {row["__reason"]: int(row["n"]) for row in counted}, few_files
 
 
