@@ -136,9 +136,9 @@ def _check_own_columns(config: Config) -> None:
 def _counts(checked_df: DataFrame) -> tuple[dict[str | None, int], bool]:
     """Return the rows by reason, the most frequent first; None counts the usable rows.
 
-    And whether the partitions, written as they are, make few files, or large ones: as they do where
-    the source lies about in the order of its days. To bring each day together first costs as much as
-    to write all, once more.
+    And whether the partitions, written as they are, make few files, or large ones: as they do
+    where the source lies about in the order of its days. To bring each day together first costs as
+    much again as to write all.
 
     A pass of its own: an Observation on the pass that writes would cost less, but from then on the
     session cannot apply an MLlib model (Spark 4.0 then fails to serialise its ObservationManager).
