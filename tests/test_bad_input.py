@@ -235,10 +235,10 @@ def test_a_network_that_finds_no_room_goes_on_to_the_same_weights(
 
 @pytest.mark.slow
 def test_every_later_stage_can_find_the_disk_full_and_be_run_again(case: Case, disk: Path) -> None:
-    n = 20_000
+    n = 40_000
     labels = np.random.default_rng(1).integers(0, 2, n)
     sites = [f"s{i % 500}" for i in range(n)]
-    case.write(user=random_words(n), site=sites, label=labels)
+    case.write(user=2 * random_words(n // 2, 8), site=sites, label=labels)
     config = case.config(
         [categorical("site"), categorical("user", min_count=1)],
         workspace=str(disk / "workspace"),
@@ -247,8 +247,12 @@ def test_every_later_stage_can_find_the_disk_full_and_be_run_again(case: Case, d
     )
     workspace = disk / "workspace"
     case.run(config, "ingest")
+    fill(disk, 200_000)
+    assert str(workspace / "levels.parquet") in case.refused(config, "features")
+    assert not (workspace / "levels.parquet").exists()
+    make_room(disk)
     for stage, leave, place in (
-        ("features", 1_000_000, "shards"),
+        ("features", 750_000, "shards"),
         ("train_lr", 200_000, "vectors/"),
         ("train_lc", 100_000, ""),
     ):

@@ -129,5 +129,8 @@ def write_levels(spark: SparkSession, levels: Levels, config: Config) -> int:
             for batch in levels.batches():
                 writer.write_batch(batch)
         return tables.write(spark.read.parquet(files.uri(path)), config, "vocabulary")
+    except OSError as error:
+        said = error.strerror or str(error)  # an object store's errors have no number
+        raise OSError(error.errno, f"{said}, while writing {path} .") from error
     finally:
         path.unlink(missing_ok=True)
