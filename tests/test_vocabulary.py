@@ -16,7 +16,7 @@ from lc_spark.errors import LcSparkError
 from lc_spark.features import levels as level_names
 from lc_spark.features import memory
 from lc_spark.features.fit import Fitted, fit_features
-from lc_spark.features.ranking import rank_values, to_vocabulary
+from lc_spark.features.ranking import rank_keys, rank_values, to_vocabulary
 from lc_spark.features.vocabulary import count_values
 from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo
@@ -180,7 +180,8 @@ def test_levels_are_one_row_a_feature(
         info.name: list(range(info.size)) for info in fitted.field_map.fields
     }
     assert sum(len(found) for found in levels.values()) == fitted.field_map.d
-    assert level_names.SCHEMA.names == ["field", "index", "value", "hash", "count"]
+    batch = next(fitted.levels.batches())
+    assert batch.schema.names == ["field", "index", "value", "hash", "count"]
 
 
 def test_levels_are_the_same_in_smaller_batches(
@@ -315,8 +316,17 @@ def test_a_vocabulary_that_does_not_fit_is_refused_before_it_is_collected(
     assert "Set user: hashed: 64, or raise min_count there to 200." in said
     for free in (220 * each, 220 * each + each - 1):
         assert len(rank_values(counts_df, CUTS, free=free)["user"].hashes) == 200
+
+
+def test_keys_that_do_not_fit_beside_the_values_are_refused(spark: SparkSession) -> None:
+    each = memory.bytes_a_value(2)
+    rows = [("cross", key, 1 + key) for key in range(21)]  # 0: all parents missing
+    keys_df = spark.createDataFrame(rows, "field string, key long, count long")
+    ranked = rank_keys(keys_df, {"cross": 2}, held=200, free=220 * each)["cross"]
+    assert ranked.hashes.tolist() == list(range(20, 0, -1))
+    assert (ranked.values, ranked.missing, ranked.other) == (None, 1, 0)
     with pytest.raises(LcSparkError, match="The vocabulary of 221 values"):
-        rank_values(counts_df, CUTS, held=1, free=220 * each)
+        rank_keys(keys_df, {"cross": 2}, held=201, free=220 * each)
 
 
 def test_the_min_count_that_is_named_makes_the_vocabulary_fit(counts_df: DataFrame) -> None:

@@ -43,8 +43,8 @@ class Ranked:
     hashes: NDArray[np.int64]  # of a cross its keys
     counts: NDArray[np.int64]
     values: pa.Array | None  # texts; None for a cross
-    missing: int = 0  # rows of index 0
-    other: int = 0  # rows of index 1: of values that were cut
+    missing: int  # rows of index 0
+    other: int  # rows of index 1: of values that were cut
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,21 @@ class _Totals:
 
     sums: Mapping[str, Any]  # (missing, rows, kept, kept_rows, bytes, collided)
     codes: Mapping[str, int]
-    kept: pa.Table  # (code, hash, count, known), by code and hash
+    kept: pa.Table  # (code, hash, count, known, part), by code and hash
 
 
 def rank_values(
     counts_df: DataFrame,
     min_counts: Mapping[str, int],
     given: Given = FRESH,
-    held: int = 0,
     free: int | None = None,
 ) -> dict[str, Ranked]:
     """Rank counted values (field, value, count): count descending, then value ascending.
 
     Values that are known keep their indices, new ones come after them. counts_df is read twice:
     cache it. Raises LcSparkError when two values of a field share a hash, and, before anything is
-    collected, when the values, and `held` others that there are already, need more than the `free`
-    bytes of memory (by default: this machine's).
+    collected, when the values need more than the `free` bytes of memory (by default: this
+    machine's).
     """
     if not min_counts:
         return {}
@@ -87,7 +86,7 @@ def rank_values(
     totals_df = _added_up(
         rows_df.withColumns({"second": second, "length": F.octet_length(text)})
     ).persist(StorageLevel.DISK_ONLY)
-    totals = _totals(totals_df, min_counts, held, free)
+    totals = _totals(totals_df, min_counts, 0, free)
     for name, sums in totals.sums.items():
         if sums["collided"] is not None:
             same = (F.col("field") == name) & (F.col("hash") == sums["collided"])
@@ -112,7 +111,8 @@ def rank_keys(
 ) -> dict[str, Ranked]:
     """Rank counted cross keys (field, key, count) as rank_values ranks values, equals by key.
 
-    Key 0, all parents missing, is index 0. Raises LcSparkError as rank_values does.
+    Key 0, all parents missing, is index 0. Raises LcSparkError when the keys do not fit beside the
+    `held` values that there are already.
     """
     if not min_counts:
         return {}
