@@ -16,6 +16,7 @@ from lc_spark import files, tables
 from lc_spark.config import Config
 from lc_spark.features.ranking import FIRST, Ranked
 from lc_spark.field_map import FieldInfo, FieldMap
+from lc_spark.files import AnyPath
 
 MISSING_LEVEL = "(missing)"
 OTHER_LEVEL = "(other)"
@@ -88,7 +89,7 @@ class Levels:
         keys = self.ranked[info.name].hashes
 
         def names(indices: NDArray[np.integer[Any]]) -> pa.Array:
-            special = [(MISSING_LEVEL, OTHER_LEVEL)[i] for i in indices if i < FIRST]
+            special = [(MISSING_LEVEL, OTHER_LEVEL)[i] for i in indices[:FIRST] if i < FIRST]
             rest = keys[indices[len(special) :] - FIRST]
             parts: list[pa.Array] = []
             for parent, namer in zip(reversed(parents), reversed(namers), strict=True):
@@ -125,12 +126,17 @@ def write_levels(spark: SparkSession, levels: Levels, config: Config) -> int:
     path = config.run_path / "levels.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        _write_file(levels, path)
+        return tables.write(spark.read.parquet(files.uri(path)), config, "vocabulary")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _write_file(levels: Levels, path: AnyPath) -> None:
+    try:
         with path.open("wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
             for batch in levels.batches():
                 writer.write_batch(batch)
-        return tables.write(spark.read.parquet(files.uri(path)), config, "vocabulary")
     except OSError as error:
         said = error.strerror or str(error)  # an object store's errors have no number
         raise OSError(error.errno, f"{said}, while writing {path} .") from error
-    finally:
-        path.unlink(missing_ok=True)
