@@ -4,10 +4,8 @@ Memory is of one machine that runs all: a local master. JVM heaps are taken at w
 spark.driver_memory lets them grow to.
 """
 
-import dataclasses
 import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +18,16 @@ from lc_spark.features.vocabulary import CHUNK_CELLS
 from lc_spark.field_map import FieldMap
 from lc_spark.parameters import ParameterCount, copies_bytes, parameter_count
 from lc_spark.systems import System
-from lc_spark.training.step_time import StepTime, rank_start, step_time
+from lc_spark.training import lr, lr_choice
+from lc_spark.training.lr_network import lr_bytes
+from lc_spark.training.step_time import StepTime, lr_step_time, rank_start, step_time
 from lc_spark.trial import Trial
 
 GB = 1e9
 # Bytes of a driver or worker in Python, and of a JVM beside its heap, before they hold any data.
 PYTHON_BYTES = 250_000_000
 JVM_BYTES = 600_000_000
-# L-BFGS holds 10 pairs of vectors over d, the point, its gradient, the next of both, a direction;
-# each task a gradient and its copy on the way to the driver, and the weights that it was sent.
-LBFGS_VECTORS = 26
-TASK_VECTORS = 3
-DOUBLE = 8
+DOUBLE, FLOAT = 8, 4
 HEAP_SHARE = 0.6  # of the JVM's heap that data may take: spark.memory.fraction
 ROW_COPIES = 2  # as vectors, and in the blocks that MLlib makes of them
 ROW_BYTES, ENTRY_BYTES = 100, 12  # of a sparse vector, and of an index and value in it
@@ -54,12 +50,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a run before it: config, trial and step times by system."""
+    """All that is known of a run before it: config, trial and times of steps."""
 
     config: Config
     field_map: FieldMap
     trial: Trial
     steps: Mapping[str, StepTime]
+    lr_step: StepTime | None  # where torch fits LR
     machine: Machine
 
     def parameters(self, system: System) -> ParameterCount:
@@ -88,10 +85,16 @@ class Plan:
         return int(text[:-1]) * (2**30 if text[-1] == "g" else 2**20)
 
     @property
+    def lr_by(self) -> str:
+        """What fits LR, "mllib" or "torch"."""
+        if self.config.lr.by != "auto":
+            return self.config.lr.by
+        return "torch" if self.trial.mllib is None else "mllib"
+
+    @property
     def lr_heap(self) -> int:
-        """The heap that LR needs for its dense vectors; rows that do not fit go to disk."""
-        vectors = LBFGS_VECTORS + TASK_VECTORS * self.machine.cores
-        return int(self.field_map.d * DOUBLE * vectors / HEAP_SHARE)
+        """The heap that MLlib needs for its dense vectors; rows that do not fit go to disk."""
+        return lr_choice.mllib_bytes(self.field_map.d, self.machine.cores)
 
     @property
     def lr_rows(self) -> int:
@@ -115,10 +118,14 @@ class Plan:
         models = [4 * self.parameters(system).total for system in self.config.systems]
         scorer = self.machine.rank_bytes + max(models)
         python = {"driver": driver, "JVM": jvm}
+        lr_rank = self.machine.rank_bytes + lr_bytes(
+            self.field_map.d, 1 + len(self.held_out), len(self.config.lr.l2)
+        )
+        lr_ranks = self.config.training.ranks * lr_rank if self.lr_by == "torch" else 0
         return {
             "ingest": {"driver": PYTHON_BYTES, "JVM": jvm},
             "features": {**python, "workers": cores * worker},
-            "train_lr": {**python, "workers": 0},
+            "train_lr": {**python, "ranks": lr_ranks},
             "train_lc": {**python, "ranks": max(ranks, default=0)},
             "evaluate": {**python, "workers": cores * scorer},
         }
@@ -129,13 +136,19 @@ class Plan:
         a_row = self.trial.bytes_a_row
         n = sum(rows.values())
         fits = 1 + len(self.held_out)
+        if self.lr_by == "torch":  # the LRs, a checkpoint of all that they are chosen from, a table
+            checkpoint = lr_bytes(d, fits, len(self.config.lr.l2))
+            of_lr = fits * d * FLOAT + checkpoint + 2 * DOUBLE * d
+        else:
+            vectors = self.trial.mllib.vector_bytes if self.trial.mllib else 0.0
+            of_lr = int(vectors * (rows["train"] + rows["valid"]) + fits * d * DOUBLE)
         weights = [4 * self.parameters(system).total for system in self.networks]
-        checkpoint = CHECKPOINT * max(weights, default=0)
+        saved = CHECKPOINT * max(weights, default=0)
         return {
             "ingest": int(a_row["raw"] * n),
             "features": int(a_row["shards"] * n + VOCABULARY_BYTES * d),
-            "train_lr": int(a_row["vectors"] * (rows["train"] + rows["valid"]) + fits * d * DOUBLE),
-            "train_lc": sum(weights) + checkpoint,
+            "train_lr": of_lr,
+            "train_lc": sum(weights) + saved,
         }
 
     @property
@@ -153,9 +166,6 @@ class Plan:
         """Return seconds by stage; of LR those of all passes that it may take."""
         trial, rows = self.trial, self.trial.split_rows
         n = sum(rows.values())
-        fitted = [1.0] * len(self.config.lr.l2) + self.held_out
-        passes = self.config.lr.max_iterations + 1
-        lr = sum(passes * trial.lr_pass.at(share * rows["train"]) for share in fitted)
         alike = itertools.groupby(
             (self.config.training_of(system) for system in self.networks),
             key=lambda training: (training.ranks, training.device),
@@ -165,10 +175,25 @@ class Plan:
         return {
             "ingest": 2 * trial.count_seconds + trial.read_seconds + trial.write.at(n),
             "features": trial.features.at(n),
-            "train_lr": trial.vectors.at(rows["train"] + rows["valid"]) + lr,
+            "train_lr": self._lr_seconds(),
             "train_lc": starts + sum(map(self.training_seconds, self.networks)),
             "evaluate": trial.features.fixed + scored,
         }
+
+    def _lr_seconds(self) -> float:
+        mllib, rows, settings = self.trial.mllib, self.trial.split_rows, self.config.lr
+        if mllib is None:
+            assert self.lr_step is not None, "one of the two was timed"
+            at_once = self.config.training.ranks * settings.batch_size
+            steps = settings.epochs * rows["train"] / at_once
+            # The valid rows choose the l2, and both splits are judged in the end.
+            looks = (rows["train"] + 2 * rows["valid"]) / at_once
+            training, scoring = self.lr_step.training, self.lr_step.scoring
+            return self.machine.rank_seconds + steps * training + looks * scoring
+        fitted = [1.0] * len(settings.l2) + self.held_out
+        passes = settings.max_iterations + 1
+        fits = sum(passes * mllib.lr_pass.at(share * rows["train"]) for share in fitted)
+        return mllib.vectors.at(rows["train"] + rows["valid"]) + fits
 
     def training_seconds(self, system: System) -> float:
         """Return the seconds of all epochs of a system, with the looks at the valid split."""
@@ -187,9 +212,10 @@ class Plan:
     def problem(self) -> str:
         """Return why the run cannot fit this machine; empty when it does."""
         d = self.field_map.d
-        if d > MAX_FEATURES:
+        by_mllib = self.lr_by == "mllib"
+        if by_mllib and d > MAX_FEATURES:
             return f"MLlib's vectors hold {MAX_FEATURES:,} features, there will be {d:,}"
-        if self.lr_heap > self.heap:
+        if by_mllib and self.lr_heap > self.heap:
             return (
                 f"train_lr needs a heap of {self.lr_heap / GB:,.1f} GB for its vectors over {d:,} "
                 f"features, spark.driver_memory is {self.config.spark.driver_memory}"
@@ -210,85 +236,24 @@ class Plan:
             )
         return ""
 
-    def advice(self) -> str:
-        """Return the first change with which the run fits, as an order; empty where it fits."""
-        if not self.problem():
-            return ""
-        for words, changed in self._changes():
-            if not changed.problem():
-                return words
-        return (
-            "Take a larger machine or a cluster, fewer rows (source.path, split), or a larger disk "
-            "(workspace): no single setting is enough."
-        )
-
-    def _changes(self) -> Iterator[tuple[str, "Plan"]]:
-        """Yield changes from the mildest on, the last with a heap of what LR needs as well."""
-        heap = max(2, math.ceil(1.1 * self.lr_heap / 2**30))
-        roomy = self._with({"spark": {"driver_memory": f"{heap}g"}})
-        words = f"Set spark.driver_memory to {heap}g"
-        yield f"{words}.", roomy
-        for plan, first in ((self, ""), (roomy, f"{words} and ")):
-            yield from plan._smaller(first)
-
-    def _smaller(self, first: str) -> Iterator[tuple[str, "Plan"]]:
-        def said(text: str) -> str:
-            return f"{first}{text}" if first else text[0].upper() + text[1:]
-
-        ranks = self.config.most_ranks
-        for fewer in range(ranks - 1, 0, -1):
-            systems = [s.model_dump() for s in self.config.systems]
-            for system in systems:
-                system["training"].pop("ranks", None)
-            changed = self._with({"training": {"ranks": fewer}}, systems)
-            yield said(f"lower training.ranks to {fewer} (now {ranks})."), changed
-        by_size = sorted(self.networks, key=self.rank_bytes, reverse=True)
-        for n in range(1, len(by_size) + 1):
-            out = {system.name for system in by_size[:n]}
-            left = [s.model_dump() for s in self.config.systems if s.name not in out]
-            if left:
-                names = ", ".join(f"'{name}'" for name in sorted(out))
-                yield said(f"take {names} out of systems."), self._with({}, left)
-        largest = max(self.field_map.fields, key=lambda info: info.size)
-        slots = 2 ** max(10, int(math.log2(max(largest.size, 2))))
-        while slots > 1024:
-            slots //= 2
-            if slots + 1 < largest.size:
-                infos = [
-                    dataclasses.replace(i, size=slots + 1, hashed=slots) if i is largest else i
-                    for i in self.field_map.fields
-                ]
-                yield (
-                    said(
-                        f"raise min_count of the field '{largest.name}' ({largest.size:,} "
-                        f"features), or hash it (hashed: {slots})."
-                    ),
-                    dataclasses.replace(self, field_map=FieldMap(tuple(infos))),
-                )
-
-    def _with(
-        self, changes: dict[str, dict[str, object]], systems: list[dict[str, object]] | None = None
-    ) -> "Plan":
-        settings = self.config.model_dump()
-        for section, keys in changes.items():
-            settings[section] = {**settings[section], **keys}
-        if systems is not None:
-            settings["systems"] = systems
-        return dataclasses.replace(self, config=Config.model_validate(settings))
-
 
 def of_trial(config: Config, trial: Trial, cores: int) -> Plan:
-    """Return the plan for this machine, after timing steps of the networks on it."""
+    """Return the plan for this machine, after timing steps on it."""
     field_map = trial.fields.field_map
     steps = {
         system.name: step_time(system.system, config.training_of(system), field_map, cores)
         for system in config.systems
         if system.system != "lr"
     }
+    lr_step = None
+    if trial.mllib is None:
+        parts = 1 + len(lr.held_out_names(config))
+        lr_step = lr_step_time(config.lr, config.training, parts, field_map, cores)
     workspace = config.workspace_path
     disk = None
     if isinstance(workspace, Path):
         there = next(path for path in (workspace, *workspace.parents) if path.is_dir())
         disk = psutil.disk_usage(str(there)).free
     memory = psutil.virtual_memory().total
-    return Plan(config, field_map, trial, steps, Machine(cores, memory, disk, *rank_start()))
+    machine = Machine(cores, memory, disk, *rank_start())
+    return Plan(config, field_map, trial, steps, lr_step, machine)

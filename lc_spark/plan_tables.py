@@ -6,6 +6,7 @@ import rich.table
 from rich import box
 from rich.text import Text
 
+from lc_spark import plan_advice
 from lc_spark.plan import GB, HEAP_SHARE, Plan
 
 LARGEST = 10  # fields that are shown
@@ -75,8 +76,9 @@ def _stages(plan: Plan) -> rich.table.Table:
     table = _table(
         "What each stage will take, at most",
         ("stage", "about seconds", "memory, GB", "disk, GB"),
-        f"Seconds by what was measured here on {plan.trial.timed_rows:,} rows: LR with all of "
-        "lr.max_iterations, networks with all epochs. Memory of one machine that runs everything.",
+        f"Seconds by what was measured here on {plan.trial.timed_rows:,} rows: LR by {plan.lr_by} "
+        "with all of its passes, networks with all epochs. Memory of one machine that runs "
+        "everything.",
     )
     for stage, parts in memory.items():
         table.add_row(
@@ -96,7 +98,7 @@ def _stages(plan: Plan) -> rich.table.Table:
 def sentence(plan: Plan) -> str:
     """Say whether the run fits this machine, and what to change when it does not."""
     if plan.problem():
-        return f"Does not fit: {plan.problem()}. {plan.advice()}"
+        return f"Does not fit: {plan.problem()}. {plan_advice.advice(plan)}"
     memory = max(sum(parts.values()) for parts in plan.memory().values())
     disk = sum(plan.disk().values())
     free = "" if plan.machine.disk is None else f" of {plan.machine.disk / GB:,.1f} free"
@@ -122,7 +124,7 @@ def remarks(plan: Plan) -> list[str]:
             f"({plan.config.features.seconds} s at most)."
         )
     room = HEAP_SHARE * (plan.heap - plan.lr_heap)
-    if plan.lr_rows > room > 0:
+    if plan.lr_by == "mllib" and plan.lr_rows > room > 0:
         said.append(
             f"LR's train rows take {plan.lr_rows / GB:,.1f} GB, spark.driver_memory leaves "
             f"{room / GB:,.1f} GB for them: the rest is read from disk in every pass."

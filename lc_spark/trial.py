@@ -11,7 +11,7 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from lc_spark import files, ingest, resources, rows, tables
+from lc_spark import files, ingest, resources, rows, session, tables
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
 from lc_spark.features.fit import fit_features
@@ -21,7 +21,7 @@ from lc_spark.features.sizes import PlannedFields, plan_fields
 from lc_spark.features.vectors import shard_vectors
 from lc_spark.field_map import FieldMap
 from lc_spark.sources import read_source
-from lc_spark.training import lr
+from lc_spark.training import lr, lr_choice
 
 SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000  # rows times fields
@@ -44,6 +44,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class MllibTrial:
+    """What was measured of LR by MLlib, by train rows."""
+
+    vectors: Line
+    lr_pass: Line  # one pass of L-BFGS
+    vector_bytes: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """What was counted exactly (rows), estimated (fields) and measured on the sample."""
 
@@ -55,10 +64,9 @@ class Trial:
     read_seconds: float  # of a pass that reads all columns
     write: Line  # raw, by rows of all splits
     features: Line
-    vectors: Line  # by train rows
-    lr_pass: Line  # one pass of L-BFGS, by train rows
-    bytes_a_row: dict[str, float]  # of raw, shards, vectors
+    bytes_a_row: dict[str, float]  # of raw, shards
     timed_rows: int
+    mllib: MllibTrial | None  # None: torch will fit LR
 
 
 def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROWS) -> Trial:
@@ -133,30 +141,36 @@ def _workspace(config: Config) -> Iterator[Config]:
 
 def _time_stages(
     spark: SparkSession, there: Config, timed_df: DataFrame, fields: PlannedFields
-) -> tuple[Line, Line, Line, Line, dict[str, float], int]:
-    """Time what the stages do on some rows, in a workspace of its own.
-
-    LR is timed over as many features as are planned: a pass has a part that grows with d.
-    """
+) -> tuple[Line, Line, dict[str, float], int, MllibTrial | None]:
+    """Time what the stages do on some rows, in a workspace of its own."""
     raw = files.uri(there.workspace_path / "sample")
     started = time.perf_counter()
     timed_df.write.parquet(raw)
     seconds = time.perf_counter() - started
     raw_df = tables.with_places(spark.read.parquet(raw))
     n = raw_df.count()
+    write = Line(0.0, seconds / n)
     features, fitted = _time_features(raw_df, there, n)
-    sizes = zip(fitted.fields, fields.field_map.fields, strict=True)
-    grown = [dataclasses.replace(i, size=max(i.size, planned.size)) for i, planned in sizes]
-    folder = there.run_path / "vectors"
-    started = time.perf_counter()
-    train_df = shard_vectors(spark, there, FieldMap(tuple(grown)), "train", files.uri(folder))
-    n_train = train_df.count()
-    vectors = Line(0.0, (time.perf_counter() - started) / n_train)
     bytes_a_row = {
         "raw": resources.folder_bytes(there.workspace_path / "sample") / n,
         "shards": resources.folder_bytes(there.run_path / "shards") / n,
-        "vectors": resources.folder_bytes(folder) / n_train,
     }
+    heap, tasks = session.heap_and_tasks(spark)
+    if lr_choice.fitted_by(there.lr, fields.field_map.d, tasks, heap) == "torch":
+        return write, features, bytes_a_row, n, None
+    sizes = zip(fitted.fields, fields.field_map.fields, strict=True)
+    grown = [dataclasses.replace(i, size=max(i.size, planned.size)) for i, planned in sizes]
+    mllib = _time_mllib(spark, there, FieldMap(tuple(grown)))
+    return write, features, bytes_a_row, n, mllib
+
+
+def _time_mllib(spark: SparkSession, there: Config, field_map: FieldMap) -> MllibTrial:
+    """Time MLlib's LR over as many features as are planned: a pass has a part that grows with d."""
+    folder = there.run_path / "vectors"
+    started = time.perf_counter()
+    train_df = shard_vectors(spark, there, field_map, "train", files.uri(folder))
+    n_train = train_df.count()
+    vectors = Line(0.0, (time.perf_counter() - started) / n_train)
     few = there.model_copy(update={"lr": there.lr.model_copy(update={"max_iterations": LR_PASSES})})
     times = []
     for df in (train_df.sample(PART, there.seed), train_df):
@@ -165,8 +179,8 @@ def _time_stages(
         fit, _ = lr.fit_lr(df, few, max(there.lr.l2))
         times.append((fit.seconds / (fit.iterations + 1), n_fit))
         df.unpersist()
-    write = Line(0.0, seconds / n)
-    return write, features, vectors, _line(*times[0], *times[1]), bytes_a_row, n
+    vector_bytes = resources.folder_bytes(folder) / n_train
+    return MllibTrial(vectors, _line(*times[0], *times[1]), vector_bytes)
 
 
 def _time_features(raw_df: DataFrame, there: Config, n: int) -> tuple[Line, FieldMap]:

@@ -13,7 +13,7 @@ from conftest import ConfigMaker
 from pyspark.sql import SparkSession
 from rich.console import Console
 
-from lc_spark import ingest, pipeline, plan_tables, tables, trial
+from lc_spark import ingest, pipeline, plan_advice, plan_tables, tables, trial
 from lc_spark.config import Config
 from lc_spark.distinct import Estimate
 from lc_spark.errors import LcSparkError
@@ -22,8 +22,10 @@ from lc_spark.features.sizes import PlannedFields, plan_fields
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.parameters import parameter_count
 from lc_spark.plan import Machine, Plan, of_trial
+from lc_spark.systems import Lr
+from lc_spark.training.lr_network import lr_bytes
 from lc_spark.training.step_time import StepTime, step_time
-from lc_spark.trial import Line, Trial
+from lc_spark.trial import Line, MllibTrial, Trial
 
 ROWS = 20_000
 FIELDS: list[dict[str, Any]] = [
@@ -232,18 +234,18 @@ def made_plan(
         read_seconds=2.0,
         write=line,
         features=line,
-        vectors=line,
-        lr_pass=line,
-        bytes_a_row={"raw": 100.0, "shards": 50.0, "vectors": 200.0},
+        bytes_a_row={"raw": 100.0, "shards": 50.0},
         timed_rows=2_000,
+        mllib=MllibTrial(line, line, 200.0),
     )
     steps = {system.name: StepTime(0.1, 0.01) for system in config.systems}
-    return Plan(config, field_map, counted, steps, Machine(2, int(memory), int(disk), 5.0, 10**8))
+    machine = Machine(2, int(memory), int(disk), 5.0, 10**8)
+    return Plan(config, field_map, counted, steps, None, machine)
 
 
 def test_a_run_that_fits_says_so(make_config: ConfigMaker) -> None:
     plan = made_plan(make_config, 10_000, 16e9)
-    assert plan.problem() == plan.advice() == ""
+    assert plan.problem() == plan_advice.advice(plan) == ""
     assert plan_tables.sentence(plan).startswith("Fits: at most ")
 
 
@@ -251,18 +253,57 @@ def test_a_small_heap_is_told_how_large_it_must_be(make_config: ConfigMaker) -> 
     plan = made_plan(make_config, 10_000_000, 64e9)
     assert "train_lr needs a heap of" in plan.problem()
     gigabytes = math.ceil(1.1 * plan.lr_heap / 2**30)
-    assert plan.advice() == f"Set spark.driver_memory to {gigabytes}g."
-    wider = plan._with({"spark": {"driver_memory": f"{gigabytes}g"}})
+    assert plan_advice.advice(plan) == f"Set spark.driver_memory to {gigabytes}g."
+    wider = plan_advice.changed(plan, {"spark": {"driver_memory": f"{gigabytes}g"}})
     assert wider.problem() == ""
+
+
+def test_lr_by_torch_needs_no_heap_but_memory_of_its_ranks(make_config: ConfigMaker) -> None:
+    plan = made_plan(make_config, 10_000_000, 64e9)
+    by_torch = plan_advice.changed(plan, {"lr": {"by": "torch", "l2": [1e-5, 1e-4]}})
+    assert by_torch.problem() == plan_advice.advice(by_torch) == ""
+    each = plan.machine.rank_bytes + lr_bytes(10_000_000, 1, 2)
+    assert by_torch.memory()["train_lr"]["ranks"] == 2 * each
+    assert plan.memory()["train_lr"]["ranks"] == 0
+    # Less memory than the JVM's heap would need, but as much as the ranks do.
+    small = dataclasses.replace(plan, config=by_torch.config.model_copy(update={"lr": Lr(l2=1e-5)}))
+    least = max(sum(parts.values()) for parts in small.memory().values())
+    machine = dataclasses.replace(plan.machine, memory=int(1.15 * least))
+    small = dataclasses.replace(small, machine=machine)
+    assert plan_advice.advice(small) == "Set lr.by to torch."
+
+
+def test_seconds_of_lr_by_torch_are_of_its_steps(make_config: ConfigMaker) -> None:
+    plan = made_plan(make_config, 10_000, 16e9)
+    settings = {"lr": {"by": "torch", "epochs": 3, "batch_size": 100}}
+    by_torch = dataclasses.replace(
+        plan_advice.changed(plan, settings),
+        trial=dataclasses.replace(plan.trial, mllib=None),
+        lr_step=StepTime(0.2, 0.05),
+    )
+    # Two ranks of 100 rows; train once more and valid twice to judge.
+    steps, looks = 3 * 10_000 / 200, (10_000 + 2 * 4_000) / 200
+    assert by_torch.seconds()["train_lr"] == pytest.approx(5.0 + steps * 0.2 + looks * 0.05)
+
+
+@pytest.mark.slow
+def test_a_plan_of_lr_by_torch_times_its_steps(spark: SparkSession, config: Config) -> None:
+    by_torch = config.model_copy(update={"lr": Lr(by="torch", batch_size=256)})
+    found = of_trial(by_torch, trial.run_trial(spark, by_torch, ROWS // 4), 2)
+    assert found.trial.mllib is None
+    assert "vectors" not in found.trial.bytes_a_row
+    assert found.lr_step is not None
+    assert 0 < found.lr_step.scoring < found.lr_step.training
+    assert found.seconds()["train_lr"] > found.machine.rank_seconds
 
 
 def test_too_many_ranks_are_told_how_many_fit(make_config: ConfigMaker) -> None:
     plan = made_plan(make_config, 1_000_000, 4e9, ranks=16)
     assert "train_lc needs" in plan.problem()
-    assert plan.advice().startswith("Lower training.ranks to ")
-    fewer = int(plan.advice().split()[3])
-    assert plan._with({"training": {"ranks": fewer}}).problem() == ""
-    assert plan._with({"training": {"ranks": fewer + 1}}).problem() != ""
+    assert plan_advice.advice(plan).startswith("Lower training.ranks to ")
+    fewer = int(plan_advice.advice(plan).split()[3])
+    assert plan_advice.changed(plan, {"training": {"ranks": fewer}}).problem() == ""
+    assert plan_advice.changed(plan, {"training": {"ranks": fewer + 1}}).problem() != ""
 
 
 def test_a_dnn_that_is_too_large_is_told_to_go(make_config: ConfigMaker) -> None:
@@ -276,13 +317,15 @@ def test_a_dnn_that_is_too_large_is_told_to_go(make_config: ConfigMaker) -> None
 def test_too_many_features_are_told_which_field_to_hash(make_config: ConfigMaker) -> None:
     plan = made_plan(make_config, 3_000_000_000, 16e9)
     assert "MLlib's vectors hold 2,147,483,647 features" in plan.problem()
-    assert "the field 'site' (3,000,000,000 features), or hash it (hashed: " in plan.advice()
+    assert "the field 'site' (3,000,000,000 features), or hash it (hashed: " in plan_advice.advice(
+        plan
+    )
 
 
 def test_a_full_disk_is_told(make_config: ConfigMaker) -> None:
     plan = made_plan(make_config, 10_000, 16e9, disk=1e6)
     assert plan.problem().startswith("the workspace needs 0.0 GB of disk")
-    assert "a larger disk (workspace)" in plan.advice()
+    assert "a larger disk (workspace)" in plan_advice.advice(plan)
 
 
 def test_seconds_grow_with_rows_epochs_and_fits(make_config: ConfigMaker) -> None:
@@ -294,7 +337,7 @@ def test_seconds_grow_with_rows_epochs_and_fits(make_config: ConfigMaker) -> Non
     assert seconds["train_lr"] == pytest.approx(vectors + fits * (1.0 + 10_000 * 1e-4))
     steps, look = 10_000 // (2 * 512), 4_000 / (2 * 512) * 0.01
     assert seconds["train_lc"] == pytest.approx(5.0 + 5 * (steps * 0.1 + 2 * look))
-    cross_fitted = plan._with({"training": {"start": "lr_cross_fitted"}})
+    cross_fitted = plan_advice.changed(plan, {"training": {"start": "lr_cross_fitted"}})
     assert cross_fitted.held_out == [0.8] * 5
     assert cross_fitted.seconds()["train_lr"] > seconds["train_lr"]
     more = dataclasses.replace(plan.trial, split_rows={"train": 10**6, "valid": 1, "test": 1})

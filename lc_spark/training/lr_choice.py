@@ -21,25 +21,27 @@ def mllib_bytes(d: int, tasks: int) -> int:
     return 8 * d * (VECTORS + tasks)
 
 
+def fitted_by(settings: Lr, d: int, tasks: int, driver_bytes: int) -> str:
+    """Return "mllib" or "torch" for d features and a driver with so many bytes of memory."""
+    if settings.by != "auto":
+        return settings.by
+    return "mllib" if mllib_bytes(d, tasks) <= driver_bytes else "torch"
+
+
 def chosen(settings: Lr, d: int, tasks: int, driver_bytes: int) -> str:
-    """Return "mllib" or "torch" for d features and a driver with so many bytes of memory.
+    """Return what ``fitted_by`` does, and say why.
 
     Raises LcSparkError when the settings ask for MLlib and it cannot fit.
     """
-    if settings.by == "torch":
-        return "torch"
-    needed = mllib_bytes(d, tasks)
+    by, needed = fitted_by(settings, d, tasks, driver_bytes), mllib_bytes(d, tasks)
     numbers = (
         f"MLlib's LR over {d:,} features needs {needed / 1e9:,.2f} GB on the driver, which has "
         f"{driver_bytes / 1e9:,.2f} GB"
     )
-    if needed <= driver_bytes:
-        if settings.by == "auto":
-            log.info("train_lr: by mllib: %s", numbers)
-        return "mllib"
     if settings.by == "auto":
-        log.info("train_lr: by torch: %s", numbers)
-        return "torch"
-    raise LcSparkError(
-        f"{numbers}: set lr.by to torch (--set lr.by=torch), or raise spark.driver_memory."
-    )
+        log.info("train_lr: by %s: %s", by, numbers)
+    elif by == "mllib" and needed > driver_bytes:
+        raise LcSparkError(
+            f"{numbers}: set lr.by to torch (--set lr.by=torch), or raise spark.driver_memory."
+        )
+    return by

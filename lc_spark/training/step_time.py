@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.parameters import BYTES
-from lc_spark.systems import SystemKind, Training
+from lc_spark.systems import Lr, SystemKind, Training
 from lc_spark.training import models
 from lc_spark.training.learner import Learner
 from lc_spark.training.loader import Batch
+from lc_spark.training.lr_network import LrNetwork, Part, Rows, logits
 from lc_spark.training.world import joined
 
 STEPS = 5  # timed, after one that is not
@@ -36,14 +38,7 @@ def step_time(system: SystemKind, settings: Training, field_map: FieldMap, cores
     other is not in it.
     """
     width = settings.hidden[0] if system == "dnn" else settings.channels + 1
-    shrink = max(1.0, field_map.d * width * BYTES / TABLE_BYTES)
-    sizes = [max(2, int(info.size / shrink)) for info in field_map.fields]
-    small = FieldMap(
-        tuple(
-            FieldInfo(info.name, info.kind, size, max_values=info.max_values)
-            for info, size in zip(field_map.fields, sizes, strict=True)
-        )
-    )
+    small = _smaller(field_map, width * BYTES)
     batch = _random_batch(small, settings.batch_size)
     with joined(settings.device) as world:
         torch.set_num_threads(max(1, cores // settings.ranks))
@@ -51,17 +46,68 @@ def step_time(system: SystemKind, settings: Training, field_map: FieldMap, cores
         if _m1_stands_still(settings) and isinstance(model, models.LcNetwork):
             model.m1.weight.requires_grad_(False)
         learner = Learner(model, settings, STEPS + 1, world)
-        training, scoring = [], []
-        for step in range(STEPS + 1):
+
+        def train(step: int) -> None:
             learner.model.train()
-            started = time.perf_counter()
             learner.step(batch, step)
-            trained = time.perf_counter()
+
+        def score() -> None:
             learner.model.eval()
             learner.logits(batch).sum().item()
-            training.append(trained - started)
-            scoring.append(time.perf_counter() - trained)
+
+        return _timed(train, score)
+
+
+def lr_step_time(
+    settings: Lr, training: Training, parts: int, field_map: FieldMap, cores: int
+) -> StepTime:
+    """Time steps of all LRs that torch fits together, likewise."""
+    n = parts * len(settings.l2)
+    small = _smaller(field_map, 2 * n * BYTES)
+    with joined(training.device) as world:
+        torch.set_num_threads(max(1, cores // training.ranks))
+        batch = _random_batch(small, settings.batch_size)
+        ids, labels, folds = (t.to(world.device) for t in (batch.ids, batch.labels, batch.folds))
+        values = None if batch.values is None else batch.values.to(world.device)
+        rows = Rows(ids, values, labels, folds, None)
+        seen = [Part("lr", 1), *(Part(f"fold {i}", 1, fold=i) for i in range(parts - 1))]
+        rate = settings.learning_rate
+        network = LrNetwork(small.d, seen, settings.l2, rate, STEPS + 1, 1, world)
+        weights = network.optimiser.weights[:, : max(parts, len(settings.l2))].contiguous()
+        bias = network.optimiser.bias[: weights.shape[1]]
+
+        def train(step: int) -> None:
+            network.step(rows)
+
+        def score() -> None:
+            logits(weights, bias, rows.ids_BC, rows.values_BC).sum().item()
+
+        return _timed(train, score)
+
+
+def _timed(train: Callable[[int], None], score: Callable[[], None]) -> StepTime:
+    training, scoring = [], []
+    for step in range(STEPS + 1):
+        started = time.perf_counter()
+        train(step)
+        trained = time.perf_counter()
+        score()
+        training.append(trained - started)
+        scoring.append(time.perf_counter() - trained)
     return StepTime(float(np.median(training[1:])), float(np.median(scoring[1:])))
+
+
+def _smaller(field_map: FieldMap, bytes_a_feature: int) -> FieldMap:
+    """Return the field map with as many features as TABLE_BYTES have room for."""
+    shrink = max(1.0, field_map.d * bytes_a_feature / TABLE_BYTES)
+    return FieldMap(
+        tuple(
+            FieldInfo(
+                info.name, info.kind, max(2, int(info.size / shrink)), max_values=info.max_values
+            )
+            for info in field_map.fields
+        )
+    )
 
 
 def _m1_stands_still(settings: Training) -> bool:
