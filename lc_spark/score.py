@@ -19,7 +19,7 @@ from lc_spark.config import Config
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features import drift
-from lc_spark.features.direct import Preparer, direct_fields, narrow_columns, pieces
+from lc_spark.features.direct import Preparer, narrow_df, pieces
 from lc_spark.features.drift import FieldCounts
 from lc_spark.features.shards import encoded_columns
 from lc_spark.features.vectors import read_shards
@@ -113,8 +113,7 @@ def raw_scores_df(raw_df: DataFrame, bundle: Path, keep: tuple[str, ...]) -> Dat
             "other columns can only be replaced by hand (lc-spark promote)."
         )
     shared = raw_df.sparkSession.sparkContext.broadcast(scorer)
-    infos = [info for info in scorer.field_map.fields if info.kind != "crossed"]
-    directly = direct_fields(raw_df, infos)
+    passed_df, directly = narrow_df(raw_df, scorer.field_map, keep)
 
     def score(batches: Batches) -> Batches:
         torch.set_num_threads(1)  # the task has one core
@@ -127,7 +126,7 @@ def raw_scores_df(raw_df: DataFrame, bundle: Path, keep: tuple[str, ...]) -> Dat
 
     kept = raw_df.select(*keep).schema.fields
     schema = ", ".join([*(f"{c.name} {c.dataType.simpleString()}" for c in kept), "score double"])
-    return raw_df.select(*keep, *narrow_columns(raw_df, infos)).mapInArrow(score, schema)
+    return passed_df.mapInArrow(score, schema)
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,7 @@ def scored_rows(rows_df: DataFrame, bundle: Path) -> Iterator[Scored]:
 def _with_counts_df(rows_df: DataFrame, scorer: Scorer) -> DataFrame:
     """Return a row for each row, scored or aside, and one for each partition with its counts."""
     shared = rows_df.sparkSession.sparkContext.broadcast(scorer)
-    infos = [info for info in scorer.field_map.fields if info.kind != "crossed"]
-    directly = direct_fields(rows_df, infos)
+    passed_df, directly = narrow_df(rows_df, scorer.field_map, ("row_id", "date", "__aside"))
     nothing = {"row_id": None, "date": None, "score": None, "aside": None, "counts": None}
 
     def score(batches: Batches) -> Batches:
@@ -188,8 +186,7 @@ def _with_counts_df(rows_df: DataFrame, scorer: Scorer) -> DataFrame:
         yield _record_batch({**nothing, "counts": [total]}, 1)
 
     schema = ", ".join(f"{name} {kind}" for name, (kind, _) in KEPT.items())
-    prepared_df = rows_df.select("row_id", "date", "__aside", *narrow_columns(rows_df, infos))
-    return prepared_df.mapInArrow(score, schema)
+    return passed_df.mapInArrow(score, schema)
 
 
 def _record_batch(columns: Mapping[str, Any], n: int) -> pa.RecordBatch:

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from lc_spark.features.prepare import FLOATS, INTEGERS, prepared_column
-from lc_spark.field_map import FieldInfo
+from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.files import as_path
 from lc_spark.pandas_rows import hash_bytes
 from lc_spark.tables import FILE, ROW
@@ -44,11 +44,20 @@ def direct_fields(df: DataFrame, infos: Sequence[FieldInfo]) -> list[FieldInfo]:
     ]
 
 
-def narrow_columns(df: DataFrame, infos: Sequence[FieldInfo]) -> list[Column]:
-    """Return what Spark passes on for fields: the prepared column, or where all direct ones are."""
-    direct = {info.name for info in direct_fields(df, infos)}
-    through = [prepared_column(info) for info in infos if info.name not in direct]
-    return [*through, *([F.col(FILE), F.col(ROW)] if direct else [])]
+def narrow_df(
+    df: DataFrame, field_map: FieldMap, keep: Sequence[str]
+) -> tuple[DataFrame, list[FieldInfo]]:
+    """Return what Spark passes on to be encoded, and the fields that ``Preparer`` reads instead.
+
+    That is the columns to keep, the prepared ones of other fields, and where the direct ones are.
+    """
+    infos = [info for info in field_map.fields if info.kind != "crossed"]
+    direct = direct_fields(df, infos)
+    names = {info.name for info in direct}
+    columns = [F.col(name) for name in keep]
+    columns += [prepared_column(info) for info in infos if info.name not in names]
+    columns += [F.col(FILE), F.col(ROW)] if direct else []
+    return df.select(*columns), direct
 
 
 class RowGroup(NamedTuple):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyspark.sql import DataFrame
 
 from lc_spark.encoder import Vocabulary, encode
-from lc_spark.features.direct import Preparer, direct_fields, narrow_columns, pieces
+from lc_spark.features.direct import Preparer, narrow_df, pieces
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.files import as_path
 
@@ -36,9 +36,7 @@ def packed_df(
     kept_schema = raw_df.select(*keep).schema
     kept = [f"`{c.name}` {c.dataType.simpleString()}" for c in kept_schema.fields]
     shared = raw_df.sparkSession.sparkContext.broadcast((field_map, vocabulary))
-
-    infos = [info for info in field_map.fields if info.kind != "crossed"]
-    directly = direct_fields(raw_df, infos)
+    passed_df, directly = narrow_df(raw_df, field_map, keep)
 
     def encode_batches(batches: Batches) -> Iterator[pa.RecordBatch]:
         fields, words = shared.value
@@ -51,7 +49,7 @@ def packed_df(
             yield pa.RecordBatch.from_arrays(arrays, names=[*keep, PACKED])
 
     schema = ", ".join([*kept, f"{PACKED} binary"])
-    return raw_df.select(*keep, *narrow_columns(raw_df, infos)).mapInArrow(encode_batches, schema)
+    return passed_df.mapInArrow(encode_batches, schema)
 
 
 def pack(encoded: dict[str, NDArray[Any]], field_map: FieldMap) -> pa.Array:
