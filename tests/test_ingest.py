@@ -11,6 +11,7 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.testing import assertDataFrameEqual
 
+from lc_spark import ingest as ingest_module
 from lc_spark import tables
 from lc_spark.config import Config
 from lc_spark.errors import LcSparkError
@@ -38,6 +39,7 @@ class Log:
         return str(self.folder / name)
 
     def parquet(self, name: str, columns: dict[str, list[Any]]) -> str:
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame(columns).to_parquet(self.folder / name)
         return str(self.folder / name)
 
@@ -168,6 +170,31 @@ def test_a_day_replaces_only_itself_in_both_tables(log: Log) -> None:
     assert [reason for reason, _ in log.rejected(config)] == ["robot"]
     with pytest.raises(LcSparkError, match=r"cannot read .*2013-01-03.json' as json"):
         ingest(log.spark, config, datetime.date(2013, 1, 3))
+
+
+def test_days_that_lie_about_come_together_unless_the_files_are_large(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = [str(datetime.date(2013, 1, day)) for day in range(1, 7)]
+    for number in range(5):
+        rows: dict[str, list[Any]] = {"day": days, "site": list("abcdef"), "label": [0, 1] * 3}
+        log.parquet(f"mixed/{number}.parquet", rows)  # every day in every file
+    for number, day in enumerate(days):
+        rows = {"day": [day] * 5, "site": list("abcde"), "label": [1, 0, 0, 0, 1]}
+        log.parquet(f"in_order/{number}.parquet", rows)
+    key = "spark.sql.files.maxPartitionBytes"
+    log.spark.conf.set(key, "4m")  # what Spark takes the opening of a file for: a task a file
+    try:
+        files = {}
+        for name, file_rows in (("mixed", 1000), ("in_order", 1000), ("large", 1)):
+            monkeypatch.setattr(ingest_module, "FILE_ROWS", file_rows)
+            path = str(log.folder / ("in_order" if name == "in_order" else "mixed"))
+            made = log.config({"path": path, "date": "day"}, workspace=str(log.folder / name))
+            assert ingest(log.spark, made).raw_rows == 30
+            files[name] = len(log.raw(made).inputFiles())
+    finally:
+        log.spark.conf.unset(key)
+    assert files == {"mixed": 6, "in_order": 6, "large": 30}
 
 
 def test_too_many_rejected_or_no_rows_leave_raw_as_it_was(log: Log) -> None:

@@ -33,7 +33,10 @@ SECTIONS = {
         "tests/benchmarks/training_step.py --precision bfloat16",
         "tests/benchmarks/training_step.py --profile",
     ],
-    "dnn": ["tests/benchmarks/training_step.py --systems dnn"],
+    "dnn": [
+        "tests/benchmarks/training_step.py --systems dnn",
+        "tests/benchmarks/training_step.py --systems dnn --d 400000 --precision bfloat16",
+    ],
     "ranks": ["tests/benchmarks/ranks.py"],
     "d": [
         "tests/benchmarks/large_d.py",

@@ -1,14 +1,15 @@
 """How time and memory of the whole pipeline grow with rows, or with fields.
 
-    python tests/benchmarks/growth.py rows 1000000 2000000 4000000
+    python tests/benchmarks/growth.py rows 1000000 2000000 4000000 --and workspace/appdata
     python tests/benchmarks/growth.py fields 40 158 632 --rows 200000
 
 rows: logs of AppData's shape, on which d grows with the rows; each goes through `lc-spark run
-conf/appdata.yaml`. fields: a log of FeedsData's shape with so many of its columns, as large a part
-of them continuous as AppData has. Making the logs is not counted. The table has the seconds of each
-stage and the peak memory of all processes together; an exponent is the slope in logarithms (1
-grows in proportion, 0 not at all), and of two sizes a small one says little: every stage has a
-start that costs the same. The figure goes beside this file.
+conf/appdata.yaml`. --and takes a run of that config that was made before as one more size. fields:
+a log of FeedsData's shape with so many of its columns, as large a part of them continuous as
+AppData has. Making the logs is not counted. The table has the seconds of each stage and the peak
+memory of all processes together; an exponent is the slope in logarithms (1 grows in proportion, 0
+not at all), and of two sizes a small one says little: every stage has a start that costs the same.
+The figure goes beside this file.
 """
 
 import argparse
@@ -44,12 +45,18 @@ def measured(config: dict[str, Any], folder: Path) -> Size:
     path, workspace = folder / "config.yaml", folder / "workspace"
     path.write_text(yaml.safe_dump({**config, "workspace": str(workspace)}, sort_keys=False))
     lc_spark("run", str(path))
+    line = of_run(workspace)
+    shutil.rmtree(workspace)
+    return line
+
+
+def of_run(workspace: Path) -> Size:
+    """Return what the stages of a run took."""
     facts = {s: json.loads((workspace / "stages" / f"{s}.json").read_text()) for s in STAGES}
-    line = {"d": facts["features"]["features"]}
+    line = {"rows": facts["features"]["raw_rows"], "d": facts["features"]["features"]}
     line |= {stage: facts[stage]["seconds"] for stage in STAGES}
     line["together"] = sum(facts[stage]["seconds"] for stage in STAGES)
     line["peak GB"] = max(facts[stage]["peak_bytes"] for stage in STAGES) / 1e9
-    shutil.rmtree(workspace)
     return line
 
 
@@ -60,7 +67,7 @@ def by_rows(sizes: list[int], folder: Path) -> list[Size]:
     lines = []
     for rows in sizes:
         lc_spark("synth", "appdata", str(folder / "log"), "--rows", str(rows), "--seed", "1")
-        lines.append({"rows": rows, **measured(config, folder)})
+        lines.append(measured(config, folder))
     return lines
 
 
@@ -143,10 +150,12 @@ def main() -> None:
     parser.add_argument("what", choices=["rows", "fields"])
     parser.add_argument("sizes", type=int, nargs="+")
     parser.add_argument("--rows", type=int, default=200_000, help="of the log, with fields")
+    parser.add_argument("--and", type=Path, dest="made", metavar="WORKSPACE", help="with rows")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lc_spark_growth_"))
     if arguments.what == "rows":
         lines = by_rows(arguments.sizes, folder)
+        lines += [of_run(arguments.made)] if arguments.made else []
     else:
         lines = by_fields(arguments.sizes, arguments.rows, folder)
     shutil.rmtree(folder)
