@@ -189,7 +189,9 @@ def test_days_that_lie_about_come_together_unless_the_files_are_large(
         for name, file_rows in (("mixed", 1000), ("in_order", 1000), ("large", 1)):
             monkeypatch.setattr(ingest_module, "FILE_ROWS", file_rows)
             path = str(log.folder / ("in_order" if name == "in_order" else "mixed"))
-            made = log.config({"path": path, "date": "day"}, workspace=str(log.folder / name))
+            made = log.config(
+                {"path": path, "date": "day"}, workspace=str(log.folder / f"workspace_{name}")
+            )
             assert ingest(log.spark, made).raw_rows == 30
             files[name] = len(log.raw(made).inputFiles())
     finally:

@@ -18,7 +18,7 @@ from lc_spark.systems import Training
 from lc_spark.training import models
 from lc_spark.training.learner import Learner
 from lc_spark.training.loader import Batch
-from lc_spark.training.optim import RowAdam, sum_by_id
+from lc_spark.training.optim import RowAdam, sorted_ids, sum_by_id
 from lc_spark.training.world import World, joined
 
 D, K, RATE, DECAY = 50, 3, 0.05, 0.1
@@ -119,6 +119,28 @@ def test_sums_are_those_of_numpy(listed: list[int], k: int) -> None:
     np.add.at(expected, places, gradients)
     np.testing.assert_array_equal(distinct.numpy(), expected_ids)
     np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 12))
+def test_ids_are_sorted_as_by_torch_whatever_their_columns_share(
+    seed: int, rows: int, width: int
+) -> None:
+    random = np.random.default_rng(seed)
+    sizes = 10 ** random.integers(1, 9, width)
+    starts = np.cumsum([0, *sizes[:-1]]) * random.integers(0, 2)  # fields of their own, or not
+    starts[random.integers(width) :] = starts[-1]  # those of one field of several values
+    ids = torch.from_numpy(random.integers(0, sizes, (rows, width)) + starts)
+    for given_ids in (ids, ids.flatten(), ids.flatten().sort().values):
+        expected = torch.sort(given_ids.flatten(), stable=True)
+        found, order = sorted_ids(given_ids)
+        assert torch.equal(found, expected.values)
+        assert torch.equal(order, expected.indices)
+
+
+def test_no_ids_are_sorted_too() -> None:
+    for none in (torch.empty(0, dtype=torch.int64), torch.empty(0, 3, dtype=torch.int64)):
+        found, order = sorted_ids(none)
+        assert found.numel() == order.numel() == 0
 
 
 @pytest.mark.parametrize("k", [1, 8])

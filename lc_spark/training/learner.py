@@ -32,7 +32,7 @@ class Read(NamedTuple):
     """Rows of tables that a step read, one leaf a table, and who updates them."""
 
     row_adam: RowAdam
-    ids: Tensor  # [n]
+    ids: Tensor  # [...], n in all
     leaves: list[Tensor]  # [..., k], n rows in all
     present: Tensor | None  # which of the n rows the batch really has; None: all of them
 
@@ -43,7 +43,7 @@ class Read(NamedTuple):
             return
         ids = self.ids
         if self.present is not None:
-            ids = ids[self.present]
+            ids = ids.flatten()[self.present]
             gradients = [None if g is None else g[self.present] for g in gradients]
         self.row_adam.step(ids, gradients, factor)
 
@@ -127,14 +127,14 @@ class Learner:
         reads = []
         if self.row_adam is not None:
             trained = [leaves[i] for i in self.trained]
-            reads.append(Read(self.row_adam, ids.flatten(), trained, present))
+            reads.append(Read(self.row_adam, ids, trained, present))
         rows = list(leaves)
         if self.copies is not None:
             copy_ids = self.copies.ids(ids, batch.folds.to(self.world.device))
             leaf = self.copies.table[copy_ids]
             if self.copies.row_adam is not None:
                 leaf.requires_grad_()
-                reads.append(Read(self.copies.row_adam, copy_ids.flatten(), [leaf], present))
+                reads.append(Read(self.copies.row_adam, copy_ids, [leaf], present))
             rows[0] = torch.cat([leaf, leaves[0][..., 1:]], dim=-1) if further else leaf
         return model.from_rows(rows, values), reads
 

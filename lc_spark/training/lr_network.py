@@ -92,7 +92,7 @@ class LrNetwork:
         labels_B1, values_BC = rows.labels_B.unsqueeze(1), rows.values_BC
         if self.optimiser.steps == 0:
             self._start_biases(labels_B1, seen_Bn)
-        ascending, order = sorted_ids(rows.ids_BC.flatten())
+        ascending, order = sorted_ids(rows.ids_BC)
         ids, places, counts_m = torch.unique_consecutive(
             ascending, return_inverse=True, return_counts=True
         )

@@ -104,7 +104,7 @@ class Torch(Other):
         [gradient] = gradients
         assert gradient is not None, "a random start is trained"
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * factor
-        self.parameter.grad = self.gradient_of(ids, gradient)
+        self.parameter.grad = self.gradient_of(ids.flatten(), gradient)
         self.optimizer.step()
 
 
@@ -175,7 +175,7 @@ def paper_size(channels: int) -> dict[str, float]:
         seconds = []
         for _ in range(6):
             started = time.perf_counter()
-            made.step(batch.ids.flatten(), [gradient], 1.0)
+            made.step(batch.ids, [gradient], 1.0)
             seconds.append(time.perf_counter() - started)
         taken[kind] = 1e3 * statistics.median(seconds[1:])
     return taken

@@ -72,8 +72,7 @@ def print_time(workspace: Path, cores: int) -> None:
         by_values = n * fields / (rows * f)
         by_mlp = n * mlp_weights(fields) / (rows * mlp_weights(f))
         hours = [
-            taken[stage] * (by_mlp if stage == "train_lc" else by_values) / 3600
-            for stage in STAGES
+            taken[stage] * (by_mlp if stage == "train_lc" else by_values) / 3600 for stage in STAGES
         ]
         cells = " | ".join(f"{h:,.1f}" for h in [*hours, sum(hours)])
         disk = sum(written.values()) * by_values / 1e12
