@@ -245,11 +245,9 @@ def test_a_network_goes_on_with_old_rows_and_new_ones_start_from_lr(
     tables = [name for name in tables if untouched[name].ndim == 2]
     assert len(tables) >= 3, "weights and both moments"
     for name in tables:
-        table = after[name].view(-1, GROWN_MAP.d, after[name].shape[1])
-        by_fold = before[name].view(len(table), CATEGORICAL_MAP.d, -1)
-        start_table = untouched[name].view(table.shape)
-        assert torch.equal(table[:, places], by_fold), name
-        assert torch.equal(table[:, others], start_table[:, others]), name
+        table = after[name].view(GROWN_MAP.d, -1)  # a feature's rows, one a fold, side by side
+        assert torch.equal(table[places], before[name].view(CATEGORICAL_MAP.d, -1)), name
+        assert torch.equal(table[others], untouched[name].view(table.shape)[others]), name
     for name in ("rows.steps", "adamw.0.exp_avg", "model.deep.layers.1.running_mean"):
         if name in before:
             assert torch.equal(after[name], before[name]), name

@@ -23,7 +23,7 @@ from lc_spark.training.world import World
 
 # The parts of a state that have a row a feature.
 TABLES = (
-    "model.m1.", "model.wide", "model.first", "copies",
+    "model.m1.", "model.wide", "model.first", "copies_by_feature",
     "rows.first.", "rows.second.", "copy_rows.first.", "copy_rows.second.",
 )  # fmt: skip
 
@@ -201,7 +201,7 @@ class Learner:
         if self.row_adam is not None:
             tensors |= {f"rows.{name}": t for name, t in self.row_adam.state().items()}
         if self.copies is not None and self.copies.row_adam is not None:
-            tensors["copies"] = self.copies.table
+            tensors["copies_by_feature"] = self.copies.table
             tensors |= {f"copy_rows.{name}": t for name, t in self.copies.row_adam.state().items()}
         return tensors
 
@@ -223,10 +223,10 @@ class Learner:
             new = mine.get(name)
             if new is None or not name.startswith(TABLES):
                 grown[name] = old
-            else:  # a table of all features, or one for each fold
-                by_fold = new.clone().view(-1, d, new.shape[1])
-                by_fold[:, places] = old.view(len(by_fold), len(places), -1).to(new.device)
-                grown[name] = by_fold.view(new.shape)
+            else:  # a feature has a row, or one for each fold
+                by_feature = new.clone().view(d, -1, new.shape[1])
+                by_feature[places] = old.view(len(places), *by_feature.shape[1:]).to(new.device)
+                grown[name] = by_feature.view(new.shape)
         self.load_state(grown)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -241,7 +241,7 @@ class Learner:
         if self.row_adam is not None:
             self.row_adam.load_state(_under("rows.", tensors))
         if self.copies is not None and self.copies.row_adam is not None:
-            self.copies.table.copy_(tensors["copies"])
+            self.copies.table.copy_(tensors["copies_by_feature"])
             self.copies.row_adam.load_state(_under("copy_rows.", tensors))
 
 

@@ -33,8 +33,8 @@ class Copies:
         With a final LR the copies stay as they are. Without one they are trained, each by its own
         rows, and M1 is their mean.
         """
-        self.d = len(held_out[0].weight)
-        weights = torch.cat([lr.weight.detach().float() for lr in held_out])
+        # A feature's copies lie side by side, so a field's ids lie above those of fields before it.
+        weights = torch.stack([lr.weight.detach().float() for lr in held_out], dim=1)
         self.table = weights.reshape(-1, 1)
         self.folds = len(held_out)
         self.final = None if final is None else final.weight.detach().float()
@@ -47,7 +47,7 @@ class Copies:
 
     def ids(self, ids: Tensor, folds: Tensor) -> Tensor:
         """Return the rows [B, C] of `table` for global ids [B, C] of rows of the folds [B]."""
-        return ids if self.folds == 1 else ids + (folds * self.d).unsqueeze(1)
+        return ids if self.folds == 1 else ids * self.folds + folds.unsqueeze(1)
 
     def settle(self, m1: Tensor) -> None:
         """Write the one M1 that the copies amount to into channel 0 of m1 [d, k]."""
@@ -55,7 +55,7 @@ class Copies:
             if self.final is not None:
                 m1[:, 0] = self.final
             else:
-                m1[:, 0] = self.table.view(self.folds, self.d).mean(0)
+                m1[:, 0] = self.table.view(-1, self.folds).mean(1)
 
 
 def at_start(
