@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyspark import StorageLevel
@@ -25,9 +25,8 @@ from lc_spark.training import lr, lr_choice
 
 SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000  # rows times fields
-TIMED_ROWS = 50_000  # of the sample, that stages are timed on
-TIMED_CELLS = 3_000_000
-PART = 0.25  # of those, for LR: the time for a part and for all tells seconds from seconds a row
+PART = 0.25  # of the sample: the time for a part and for all tells seconds from seconds a row
+LEAST = 2000  # rows of which a part would be too few for any split
 LR_PASSES = 3
 
 
@@ -97,8 +96,9 @@ def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROW
         if n == 0:
             raise LcSparkError(f"The {split} split has no rows: check 'split' in the config.")
     share = min(sample_rows, SAMPLE_CELLS // len(config.fields)) / good_rows
-    good_df = marked_df.where(F.col("__reason").isNull()).drop("__reason")
-    sample_df = good_df if share >= 1 else good_df.sample(share, config.seed)
+    # Drawn before it is checked: else every column of every row would be made for nothing.
+    drawn_df = marked_df if share >= 1 else _marked(spark, config, share)
+    sample_df = drawn_df.where(F.col("__reason").isNull()).drop("__reason")
     with _workspace(config) as there:
         sample_df = sample_df.persist(StorageLevel.DISK_ONLY)
         started = time.perf_counter()
@@ -106,22 +106,26 @@ def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROW
         read_seconds = time.perf_counter() - started
         train_df = sample_df.where(F.col("split") == "train")
         fields = plan_fields(train_df, config.fields, split_rows["train"])
-        share = min(1.0, min(TIMED_ROWS, TIMED_CELLS // len(config.fields)) / n_sample)
-        timed_df = sample_df.drop("split").sample(share, config.seed)
-        measured = _time_stages(spark, there, timed_df, fields)
+        shares = (PART, PART, 1.0) if n_sample >= LEAST else (1.0, 1.0, 1.0)
+        measured = _time_stages(spark, there, sample_df.drop("split"), shares, fields)
         sample_df.unpersist()
     n_source = good_rows + sum(rejected.values())
     return Trial(n_source, rejected, split_rows, fields, count_seconds, read_seconds, *measured)
 
 
-def _marked(spark: SparkSession, config: Config) -> DataFrame:
-    """Return the rows that a run would ingest, as ``raw`` has them, with __reason and split."""
+def _marked(spark: SparkSession, config: Config, share: float | None = None) -> DataFrame:
+    """Return the rows that a run would ingest, as ``raw`` has them, with __reason and split.
+
+    Of a share of them, drawn by chance, where one is given.
+    """
     day, first = config.day, None
     if config.split.by == "window":
         first = ingest.run_day(config) - datetime.timedelta(days=config.split.days - 1)
     rows.check_date(config, day, "plan")
     types = {} if day is None else rows.raw_types(spark, config)
     source_df = read_source(spark, config, day, first)
+    if share is not None:
+        source_df = source_df.sample(share, config.seed)
     checked_df = ingest.checked(source_df, config, day, types, first)
     label = F.col("__label").cast("float").alias("label")
     raw_df = rows.like_raw_df(checked_df, label).drop("__label")
@@ -140,17 +144,32 @@ def _workspace(config: Config) -> Iterator[Config]:
 
 
 def _time_stages(
-    spark: SparkSession, there: Config, timed_df: DataFrame, fields: PlannedFields
+    spark: SparkSession,
+    there: Config,
+    sample_df: DataFrame,
+    shares: Sequence[float],
+    fields: PlannedFields,
 ) -> tuple[Line, Line, dict[str, float], int, MllibTrial | None]:
-    """Time what the stages do on some rows, in a workspace of its own."""
-    raw = files.uri(there.workspace_path / "sample")
-    started = time.perf_counter()
-    timed_df.write.parquet(raw)
-    seconds = time.perf_counter() - started
-    raw_df = tables.with_places(spark.read.parquet(raw))
-    n = raw_df.count()
-    write = Line(0.0, seconds / n)
-    features, fitted = _time_features(raw_df, there, n)
+    """Time what the stages do on shares of the sample, in a workspace of its own.
+
+    The first time counts for nothing: Java compiles, workers start.
+    """
+    raw, written, made = files.uri(there.workspace_path / "sample"), [], []
+    for share in shares:
+        part_df = sample_df if share == 1 else sample_df.sample(share, there.seed)
+        started = time.perf_counter()
+        part_df.write.mode("overwrite").parquet(raw)
+        seconds = time.perf_counter() - started
+        raw_df = tables.with_places(spark.read.parquet(raw))
+        n = raw_df.count()
+        written.append((seconds, n))
+        started = time.perf_counter()
+        train_df = raw_df.where(ingest.split_column(there) == "train")
+        fitted = fit_features(train_df, there.fields, there.seed)
+        write_levels(spark, fitted.levels, there)
+        write_shards(raw_df, fitted.field_map, fitted.vocabulary, there, 0)
+        made.append((time.perf_counter() - started, n))
+    write, features = (_line(*times[1], *times[2]) for times in (written, made))
     bytes_a_row = {
         "raw": resources.folder_bytes(there.workspace_path / "sample") / n,
         "shards": resources.folder_bytes(there.run_path / "shards") / n,
@@ -158,7 +177,7 @@ def _time_stages(
     heap, tasks = session.heap_and_tasks(spark)
     if lr_choice.fitted_by(there.lr, fields.field_map.d, tasks, heap) == "torch":
         return write, features, bytes_a_row, n, None
-    sizes = zip(fitted.fields, fields.field_map.fields, strict=True)
+    sizes = zip(fitted.field_map.fields, fields.field_map.fields, strict=True)
     grown = [dataclasses.replace(i, size=max(i.size, planned.size)) for i, planned in sizes]
     mllib = _time_mllib(spark, there, FieldMap(tuple(grown)))
     return write, features, bytes_a_row, n, mllib
@@ -181,26 +200,6 @@ def _time_mllib(spark: SparkSession, there: Config, field_map: FieldMap) -> Mlli
         df.unpersist()
     vector_bytes = resources.folder_bytes(folder) / n_train
     return MllibTrial(vectors, _line(*times[0], *times[1]), vector_bytes)
-
-
-def _time_features(raw_df: DataFrame, there: Config, n: int) -> tuple[Line, FieldMap]:
-    """Time the features stage; its tasks are taken to grow with the rows, the rest not to grow."""
-    spark = raw_df.sparkSession
-    started, tasks = time.perf_counter(), _task_seconds(spark)
-    train_df = raw_df.where(ingest.split_column(there) == "train")
-    fitted = fit_features(train_df, there.fields, there.seed)
-    write_levels(spark, fitted.levels, there)
-    write_shards(raw_df, fitted.field_map, fitted.vocabulary, there, 0)
-    seconds = time.perf_counter() - started
-    in_tasks = (_task_seconds(spark) - tasks) / spark.sparkContext.defaultParallelism
-    return Line(max(0.0, seconds - in_tasks), min(in_tasks, seconds) / n), fitted.field_map
-
-
-def _task_seconds(spark: SparkSession) -> float:
-    """Return the seconds that all tasks of the session took until now, added up."""
-    executors = spark.sparkContext._jsc.sc().statusStore().executorList(False)
-    total = sum(int(executors.apply(i).totalDuration()) for i in range(executors.size()))
-    return total / 1000
 
 
 def _line(seconds: float, n: int, more_seconds: float, more: int) -> Line:

@@ -35,6 +35,9 @@ DEFAULTS: dict[str, Any] = {
             "spark.sql.shuffle.partitions": "2",
             # Tests run many plans once: the second compiler of the JVM never pays off.
             "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+            # Nor does Java source for each of them. The jobs of test_cluster have it.
+            "spark.sql.codegen.wholeStage": "false",
+            "spark.sql.codegen.factoryMode": "NO_CODEGEN",
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
         },

@@ -123,6 +123,8 @@ def made(folder: Path, config_path: Path) -> Iterator[Made]:
         (ROOT / "conf" / "cluster.conf").read_text()
         # The jobs are tiny: what costs is the start of each, so one executor, little compiled.
         + "spark.cores.max 1\n"
+        + "spark.sql.codegen.wholeStage false\n"
+        + "spark.sql.codegen.factoryMode NO_CODEGEN\n"
         + "spark.ui.enabled false\n"
         + "spark.sql.shuffle.partitions 2\n"
         + "spark.databricks.delta.snapshotPartitions 1\n"

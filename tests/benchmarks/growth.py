@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def lc_spark(*arguments: str) -> None:
     subprocess.run([sys.executable, "-c", CLI, *arguments], stdout=sys.stderr, check=True, cwd=ROOT)
 
 
-def measured(config: dict[str, Any], folder: Path) -> Size:
+def measured(config: dict[str, Any], folder: Path, overrides: Sequence[str]) -> Size:
     """Run the pipeline in a workspace that is removed again; return what its stages took."""
     path, workspace = folder / "config.yaml", folder / "workspace"
     path.write_text(yaml.safe_dump({**config, "workspace": str(workspace)}, sort_keys=False))
-    lc_spark("run", str(path))
+    lc_spark("run", str(path), *(word for override in overrides for word in ("--set", override)))
     line = of_run(workspace)
     shutil.rmtree(workspace)
     return line
@@ -60,18 +61,18 @@ def of_run(workspace: Path) -> Size:
     return line
 
 
-def by_rows(sizes: list[int], folder: Path) -> list[Size]:
+def by_rows(sizes: list[int], folder: Path, overrides: Sequence[str]) -> list[Size]:
     """Measure logs of AppData's shape with so many rows."""
     config = yaml.safe_load((ROOT / "conf" / "appdata.yaml").read_text())
     config["source"]["path"] = str(folder / "log")
     lines = []
     for rows in sizes:
         lc_spark("synth", "appdata", str(folder / "log"), "--rows", str(rows), "--seed", "1")
-        lines.append(measured(config, folder))
+        lines.append(measured(config, folder, overrides))
     return lines
 
 
-def by_fields(sizes: list[int], rows: int, folder: Path) -> list[Size]:
+def by_fields(sizes: list[int], rows: int, folder: Path, overrides: Sequence[str]) -> list[Size]:
     """Measure one log of FeedsData's shape with so many of its fields."""
     config = yaml.safe_load((ROOT / "conf" / "feedsdata.yaml").read_text())
     config["source"]["path"] = str(folder / "part")
@@ -97,7 +98,7 @@ def by_fields(sizes: list[int], rows: int, folder: Path) -> list[Size]:
         ]
         for path in (folder / "log").glob("*.parquet"):
             pq.write_table(pq.read_table(path, columns=columns), folder / "part" / path.name)
-        lines.append({"fields": n, **measured({**config, "fields": fields}, folder)})
+        lines.append({"fields": n, **measured({**config, "fields": fields}, folder, overrides)})
     return lines
 
 
@@ -128,7 +129,7 @@ def print_table(lines: list[Size]) -> None:
 
 def draw(lines: list[Size], path: Path) -> None:
     """Draw seconds by stage, and peak memory, against the first column."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     times, memory = figure.subplots(1, 2)
     first = next(iter(lines[0]))
     x = [line[first] for line in lines]
@@ -136,11 +137,13 @@ def draw(lines: list[Size], path: Path) -> None:
         times.plot(x, [line[stage] for line in lines], marker=marker, label=stage)
     memory.plot(x, [line["peak GB"] for line in lines], marker="o")
     for axes, label in ((times, "seconds"), (memory, "peak memory, GB")):
-        axes.set(xscale="log", yscale="log", xlabel=first, ylabel=label)
+        axes.set(xscale="log", xlabel=first, ylabel=label)
         axes.set_xticks(x, [f"{n:,}" for n in x])
         axes.minorticks_off()
         axes.grid(color="#d5d5d5", linewidth=0.6)
-    times.legend(frameon=False, fontsize=8)
+    times.set_yscale("log")
+    memory.set_ylim(bottom=0)
+    times.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
 
 
@@ -151,13 +154,14 @@ def main() -> None:
     parser.add_argument("sizes", type=int, nargs="+")
     parser.add_argument("--rows", type=int, default=200_000, help="of the log, with fields")
     parser.add_argument("--and", type=Path, dest="made", metavar="WORKSPACE", help="with rows")
+    parser.add_argument("--set", action="append", default=[], help="of the config: KEY=VALUE")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lc_spark_growth_"))
     if arguments.what == "rows":
-        lines = by_rows(arguments.sizes, folder)
+        lines = by_rows(arguments.sizes, folder, arguments.set)
         lines += [of_run(arguments.made)] if arguments.made else []
     else:
-        lines = by_fields(arguments.sizes, arguments.rows, folder)
+        lines = by_fields(arguments.sizes, arguments.rows, folder, arguments.set)
     shutil.rmtree(folder)
     print_table(lines)
     draw(lines, HERE / f"growth_{arguments.what}.svg")

@@ -132,10 +132,12 @@ def draw(done: dict[Size, Taken], path: Path) -> None:
             times.plot(x, [1e3 * getattr(t, part) for t in taken], marker=marker, label=part)
         memory.plot(x, [(t.peak - t.before) / 1e9 for t in taken], marker="o")
         for axes, label in ((times, "ms"), (memory, "GB beyond the process")):
-            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label)
+            axes.set(xscale="log", xlabel=name, ylabel=label)
             axes.set_xticks(x, [f"{n:.0e}" if n > 99_999 else f"{n:,}" for n in x])
             axes.minorticks_off()
             axes.grid(color="#d5d5d5", linewidth=0.6)
+        times.set_yscale("log")
+        memory.set_ylim(bottom=0)
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
