@@ -140,8 +140,9 @@ class Plan:
             checkpoint = lr_bytes(d, fits, len(self.config.lr.l2))
             of_lr = fits * d * FLOAT + checkpoint + 2 * DOUBLE * d
         else:
-            vectors = self.trial.mllib.vector_bytes if self.trial.mllib else 0.0
-            of_lr = int(vectors * (rows["train"] + rows["valid"]) + fits * d * DOUBLE)
+            assert self.trial.mllib is not None, "it was timed"
+            vectors = self.trial.mllib.vector_bytes * (rows["train"] + rows["valid"])
+            of_lr = int(vectors + fits * d * DOUBLE)
         weights = [4 * self.parameters(system).total for system in self.networks]
         saved = CHECKPOINT * max(weights, default=0)
         return {

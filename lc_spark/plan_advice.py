@@ -37,18 +37,15 @@ def changed(plan: Plan, changes: Changes, systems: list[dict[str, object]] | Non
 def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Yield changes from the mildest on, the last with room for LR as well."""
     heap = max(2, math.ceil(1.1 * plan.lr_heap / 2**30))
-    for_lr = [
-        (
-            f"Set spark.driver_memory to {heap}g",
-            changed(plan, {"spark": {"driver_memory": f"{heap}g"}}),
-        ),
-        ("Set lr.by to torch", changed(plan, {"lr": {"by": "torch"}})),
-    ]
-    for_lr = for_lr if plan.lr_by == "mllib" else []
-    yield from ((f"{words}.", roomy) for words, roomy in for_lr)
+    for_lr: list[tuple[str, Plan]] = []
+    if plan.lr_by == "mllib":
+        roomy = changed(plan, {"spark": {"driver_memory": f"{heap}g"}})
+        for_lr += [(f"Set spark.driver_memory to {heap}g", roomy)]
+        for_lr += [("Set lr.by to torch", changed(plan, {"lr": {"by": "torch"}}))]
+    yield from ((f"{words}.", tried) for words, tried in for_lr)
     yield from _smaller(plan, "")
-    for words, roomy in for_lr:
-        yield from _smaller(roomy, f"{words} and ")
+    for words, tried in for_lr:
+        yield from _smaller(tried, f"{words} and ")
 
 
 def _smaller(plan: Plan, first: str) -> Iterator[tuple[str, Plan]]:

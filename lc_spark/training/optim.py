@@ -65,8 +65,10 @@ def _sorted(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64
     numpy sorts 16 bits by radix and merges what ascends already; otherwise it sorts plain int64
     many times as fast as it, or torch, sorts int64 with their places.
     """
-    least = ids.min() if len(ids) else 0
-    if len(ids) and ids.max() - least < 2**16:
+    if not len(ids):
+        return ids, ids
+    least = ids.min()
+    if ids.max() - least < 2**16:
         order = np.argsort((ids - least).astype(np.uint16), kind="stable")
         return ids[order], order
     if np.count_nonzero(ids[1:] < ids[:-1]) < MERGED:

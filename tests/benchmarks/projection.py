@@ -36,7 +36,7 @@ HELD: dict[str, Callable[[int], int]] = {
     "MLlib's dense vectors, driver and 2 tasks": lambda d: mllib_bytes(d, 2),
     "vocabulary while collected, driver": lambda d: d * (COLLECTING + TEXTS * TEXT_BYTES),
     "six LRs by torch (5 folds), a rank": lambda d: lr_bytes(d, 1 + FOLDS, 1),
-    "M1 and its five copies, frozen, a rank": lambda d: 4 * d + copies_bytes(FOLDS, d, "frozen"),
+    "M1 and five frozen copies, a rank": lambda d: BYTES * d + copies_bytes(FOLDS, d, "frozen"),
     "two LRs by torch (no folds), a rank": lambda d: lr_bytes(d, 1, 2),
     "vocabulary in use, a Python worker": lambda d: d * IN_A_WORKER,
     "M1 from a random start, a rank": lambda d: d * BYTES,
