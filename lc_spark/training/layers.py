@@ -41,7 +41,7 @@ class LocallyConnected(nn.Module):
         if values_BC is not None:
             rows_BCK = rows_BCK * values_BC.unsqueeze(-1)
         if rows_BCK.shape[1] == self.fields:
-            return rows_BCK
+            return rows_BCK.contiguous()
         l0_BFK = rows_BCK.new_zeros(rows_BCK.shape[0], self.fields, rows_BCK.shape[2])
         return l0_BFK.index_add_(1, self.field_of_C, rows_BCK)
 

@@ -17,7 +17,7 @@ from lc_spark.errors import LcSparkError
 from lc_spark.systems import Training
 from lc_spark.training.loader import Batch
 from lc_spark.training.models import Dnn, LcNetwork, TrainedNetwork
-from lc_spark.training.optim import RowAdam
+from lc_spark.training.optim import RowAdam, rows_of
 from lc_spark.training.start import Copies
 from lc_spark.training.world import World
 
@@ -121,7 +121,9 @@ class Learner:
         m1 = model.m1.weight
         further = m1.shape[1] > 1  # channels beside the one that copies stand in for
         ids_of_m1 = ids if self.copies is None or further else ids[:0]
-        leaves = [table.detach()[ids_of_m1 if table is m1 else ids] for table in model.tables]
+        leaves = [
+            _by_column(table.detach(), ids_of_m1 if table is m1 else ids) for table in model.tables
+        ]
         for i in self.trained:
             leaves[i].requires_grad_()
         reads = []
@@ -131,7 +133,7 @@ class Learner:
         rows = list(leaves)
         if self.copies is not None:
             copy_ids = self.copies.ids(ids, batch.folds.to(self.world.device))
-            leaf = self.copies.table[copy_ids]
+            leaf = _by_column(self.copies.table, copy_ids)
             if self.copies.row_adam is not None:
                 leaf.requires_grad_()
                 reads.append(Read(self.copies.row_adam, copy_ids, [leaf], present))
@@ -243,6 +245,12 @@ class Learner:
         if self.copies is not None and self.copies.row_adam is not None:
             self.copies.table.copy_(tensors["copies_by_feature"])
             self.copies.row_adam.load_state(_under("copy_rows.", tensors))
+
+
+def _by_column(table: Tensor, ids: Tensor) -> Tensor:
+    """Return table[ids], [B, C, k], read column by column: a field's rows lie together."""
+    rows = rows_of(table, ids.t().flatten())
+    return rows.view(ids.shape[1], ids.shape[0], table.shape[1]).transpose(0, 1)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

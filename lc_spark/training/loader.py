@@ -32,6 +32,7 @@ with warnings.catch_warnings():
     from pyarrow.filesystem import DaskFileSystem
 
 MANIFEST_FILE = "manifest.json"
+READ_AHEAD = 5  # entries of petastorm's queue, its least, two a row group; its own 50 can be a GB
 
 
 class _Store(DaskFileSystem):  # type: ignore[misc]  # pyarrow has no types
@@ -228,6 +229,7 @@ def _row_groups(
         schema_fields=names,
         reader_pool_type="thread",
         workers_count=1,
+        results_queue_size=READ_AHEAD,
         shuffle_row_groups=shuffle_seed is not None,
         seed=shuffle_seed,
         num_epochs=None,
@@ -260,8 +262,8 @@ def _concatenate(parts: Sequence[Batch]) -> Batch:
         return parts[0]
     values = [part.values for part in parts if part.values is not None]
     return Batch(
-        torch.cat([part.ids for part in parts]),
-        torch.cat(values) if values else None,
+        torch.cat([part.ids.t() for part in parts], dim=1).t(),
+        torch.cat([part.t() for part in values], dim=1).t() if values else None,
         torch.cat([part.labels for part in parts]),
         torch.cat([part.row_ids for part in parts]),
         torch.cat([part.folds for part in parts]),

@@ -197,27 +197,29 @@ def to_tensors(
     """
     rows = len(encoded[field_map.fields[0].name])
     width = sum(info.max_values for info in field_map.fields)
-    ids_BC = np.empty((rows, width), np.int64)
-    values_BC = None
+    # A column after the other in memory: each is written, and its part of M1 read, in one go.
+    ids_CB = np.empty((width, rows), np.int64)
+    values_CB = None
     if any(info.kind in ("continuous", "multivalued") for info in field_map.fields):
-        values_BC = np.ones((rows, width), np.float32)
+        values_CB = np.ones((width, rows), np.float32)
     at = 0
     for info in field_map.fields:
-        column, part = encoded[info.name], slice(at, at + info.max_values)
+        column = encoded[info.name]
         if info.kind == "continuous":
             missing_B = np.isnan(column)
-            ids_BC[:, at] = info.offset + np.where(missing_B, MISSING, MISSING + 1)
-            assert values_BC is not None
-            values_BC[:, at] = np.where(missing_B, 1, column)
+            ids_CB[at] = info.offset + np.where(missing_B, MISSING, MISSING + 1)
+            assert values_CB is not None
+            values_CB[at] = np.where(missing_B, 1, column)
         elif info.kind == "multivalued":
-            ids_BC[:, part] = info.offset + np.maximum(column, MISSING)
-            assert values_BC is not None
-            values_BC[:, part] = column >= MISSING
+            part = slice(at, at + info.max_values)
+            ids_CB[part] = info.offset + np.maximum(column, MISSING).T
+            assert values_CB is not None
+            values_CB[part] = (column >= MISSING).T
         else:
-            ids_BC[:, at] = column
-            ids_BC[:, at] += info.offset
+            np.add(column, info.offset, out=ids_CB[at])
         at += info.max_values
-    return torch.from_numpy(ids_BC), None if values_BC is None else torch.from_numpy(values_BC)
+    ids_BC = torch.from_numpy(ids_CB).t()
+    return ids_BC, None if values_CB is None else torch.from_numpy(values_CB).t()
 
 
 def save(model: Network, folder: AnyPath, fingerprint: str, extra: Mapping[str, Any]) -> None:

@@ -80,6 +80,17 @@ def _sorted(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64
     return packed >> bits, packed & ((1 << bits) - 1)
 
 
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """Return rows [n, k] of a contiguous table [d, k] by ids [n].
+
+    Not by brackets, which copy element by element; and rows of one number as the numbers of a
+    vector, which torch reads twice as fast as rows.
+    """
+    if table.shape[1] == 1:
+        return table.view(-1).index_select(0, ids).unsqueeze(1)
+    return table.index_select(0, ids)
+
+
 class RowAdam:
     """Adam (Kingma and Ba 2015) over the rows present in a step, with decoupled weight decay.
 
@@ -120,12 +131,11 @@ class RowAdam:
         step_size = rate * math.sqrt(1 - self.BETA2**steps) / (1 - self.BETA1**steps)
         widths = [self.tables[i].shape[1] for i in moving]
         for i, gradient in zip(moving, torch.split(summed, widths, dim=1), strict=True):
-            # Not by brackets: these copy whole rows, those element by element.
-            first = self.first[i].index_select(0, ids).lerp_(gradient, 1 - self.BETA1)
-            second = self.second[i].index_select(0, ids).lerp_(gradient.square(), 1 - self.BETA2)
+            first = rows_of(self.first[i], ids).lerp_(gradient, 1 - self.BETA1)
+            second = rows_of(self.second[i], ids).lerp_(gradient.square(), 1 - self.BETA2)
             self.first[i].index_copy_(0, ids, first)
             self.second[i].index_copy_(0, ids, second)
-            rows = self.tables[i].index_select(0, ids).mul_(1 - rate * self.weight_decay)
+            rows = rows_of(self.tables[i], ids).mul_(1 - rate * self.weight_decay)
             rows.addcdiv_(first, second.sqrt_().add_(self.EPSILON), value=-step_size)
             self.tables[i].index_copy_(0, ids, rows)
 

@@ -7,9 +7,9 @@
 Made-up shards of that size are written to a temporary folder. `MLP` takes a random dense input
 [batch, f] through the same layers, loss, backward pass and AdamW; LC-DNN reads its batches through
 the loader. A turn is some steps of one case after one step that is not counted; the cases take
-turns, and one round is not counted. A row group has the rows of a batch, and every step sets off
-reading one of them, that of the step before the turn too: a turn pays for what it reads. The ratio
-is of rows/s, turn by turn, the median of them.
+turns, and one round is not counted. A row group has the rows of 8 batches, as the default of
+shards.rows_per_group makes them at this size, and the 8 steps of a turn set off reading one. The
+ratio is of rows/s, turn by turn, the median of them.
 """
 
 import argparse
@@ -40,6 +40,7 @@ LC_DNN: dict[str, dict[str, Any]] = {
     "LC-DNN, M1 joint": {"start": "lr_cross_fitted", "m1": "joint"},
     "LC-DNN, random start": {"start": "random"},
 }
+GROUP = 8  # batches in a row group
 Turn = Callable[[int], float]  # number of steps -> seconds
 
 
@@ -224,7 +225,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch-norm", type=lambda s: s.split(","), default=None)
     parser.add_argument("--systems", choices=["lc_dnn", "dnn"], default="lc_dnn")
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=GROUP)
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     dnn = arguments.systems == "dnn"
@@ -240,12 +241,11 @@ def main() -> None:
     ids = made_up.Ids(arguments.skew)
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
-        steps = (
-            1 + arguments.steps
-            if arguments.profile
-            else (1 + arguments.steps) * (1 + arguments.times)
-        )
-        made_up.write_shards(shards, fields, steps, arguments.batch_size, ids)
+        steps = 1 + arguments.steps
+        if not arguments.profile:
+            steps *= 1 + arguments.times
+        groups = -(-steps // GROUP)
+        made_up.write_shards(shards, fields, groups, GROUP * arguments.batch_size, ids)
         batch = made_up.batches(fields, 1, arguments.batch_size, ids)[0]
         print(
             f"f {arguments.f}, d {fields.d:,}, batch {arguments.batch_size:,} with "
