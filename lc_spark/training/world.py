@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lc_spark.errors import LcSparkError
+from lc_spark.training.allocator import keep_memory
 
 PROGRESS_SECONDS = 5.0
 SECONDS_TO_REPORT = 10.0  # after which a rank may report that another one is gone
@@ -116,6 +117,7 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(device)
     world = World(rank, size, torch.device(device))
     threads = torch.get_num_threads()
+    keep_memory()
     if size > 1:
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
         # On an executor the folder names the application and the executor.

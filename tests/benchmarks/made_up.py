@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.systems import SystemKind, Training
 from lc_spark.training import models
+from lc_spark.training.allocator import keep_memory
 from lc_spark.training.learner import Learner
 from lc_spark.training.loader import Batch
 from lc_spark.training.models import LcNetwork, Lr
 from lc_spark.training.start import Copies
 from lc_spark.training.world import World, joined
 
+keep_memory()  # before the first tensor, as a rank does
 T = TypeVar("T")
 # The paper's AppData, and its K1 and K2.
 F, CONTINUOUS, D, HIDDEN, BATCH_SIZE = 158, 26, 8_672_633, (2048, 1024), 4096
