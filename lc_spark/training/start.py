@@ -47,7 +47,7 @@ class Copies:
 
     def ids(self, ids: Tensor, folds: Tensor) -> Tensor:
         """Return the rows [B, C] of `table` for global ids [B, C] of rows of the folds [B]."""
-        return ids if self.folds == 1 else ids * self.folds + folds.unsqueeze(1)
+        return ids if self.folds == 1 else torch.add(folds.unsqueeze(1), ids, alpha=self.folds)
 
     def settle(self, m1: Tensor) -> None:
         """Write the one M1 that the copies amount to into channel 0 of m1 [d, k]."""
