@@ -138,7 +138,8 @@ def draw(done: dict[Size, Taken], path: Path) -> None:
             axes.grid(color="#d5d5d5", linewidth=0.6)
         times.set_yscale("log")
         memory.set_ylim(bottom=0)
-    panels[0][0].legend(frameon=False, fontsize=8)
+    lines = panels[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
