@@ -5,6 +5,8 @@ spark.driver_memory lets them grow to.
 """
 
 import itertools
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from lc_spark.training import lr, lr_choice
 from lc_spark.training.lr_network import lr_bytes
 from lc_spark.training.step_time import StepTime, lr_step_time, rank_start, step_time
 from lc_spark.trial import Trial
+
+log = logging.getLogger("lc_spark")
 
 GB = 1e9
 # Bytes of a driver or worker in Python, and of a JVM beside its heap, before they hold any data.
@@ -241,6 +245,7 @@ class Plan:
 def of_trial(config: Config, trial: Trial, cores: int) -> Plan:
     """Return the plan for this machine, after timing steps on it."""
     field_map = trial.fields.field_map
+    started = time.perf_counter()
     steps = {
         system.name: step_time(system.system, config.training_of(system), field_map, cores)
         for system in config.systems
@@ -250,6 +255,7 @@ def of_trial(config: Config, trial: Trial, cores: int) -> Plan:
     if trial.mllib is None:
         parts = 1 + len(lr.held_out_names(config))
         lr_step = lr_step_time(config.lr, config.training, parts, field_map, cores)
+    log.info("plan: training steps timed (%.0f s)", time.perf_counter() - started)
     workspace = config.workspace_path
     disk = None
     if isinstance(workspace, Path):

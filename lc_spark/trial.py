@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from lc_spark.features.vectors import shard_vectors
 from lc_spark.field_map import FieldMap
 from lc_spark.sources import read_source
 from lc_spark.training import lr, lr_choice
+
+log = logging.getLogger("lc_spark")
 
 SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000  # rows times fields
@@ -88,6 +91,7 @@ def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROW
         else:
             rejected[row["__reason"]] = rejected.get(row["__reason"], 0) + row["count"]
     good_rows = sum(split_rows.values())
+    log.info("plan: %s usable rows counted (%.0f s)", f"{good_rows:,}", count_seconds)
     if good_rows == 0:
         raise LcSparkError(
             f"The source has no usable rows (for this date): {sum(rejected.values())} rejected."
@@ -104,10 +108,16 @@ def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROW
         started = time.perf_counter()
         n_sample = sample_df.count()
         read_seconds = time.perf_counter() - started
+        log.info("plan: %s of them drawn (%.0f s)", f"{n_sample:,}", read_seconds)
+        started = time.perf_counter()
         train_df = sample_df.where(F.col("split") == "train")
         fields = plan_fields(train_df, config.fields, split_rows["train"])
+        d, seconds = fields.field_map.d, time.perf_counter() - started
+        log.info("plan: about %s features estimated (%.0f s)", f"{d:,}", seconds)
+        started = time.perf_counter()
         shares = (PART, PART, 1.0) if n_sample >= LEAST else (1.0, 1.0, 1.0)
         measured = _time_stages(spark, there, sample_df.drop("split"), shares, fields)
+        log.info("plan: stages timed on them (%.0f s)", time.perf_counter() - started)
         sample_df.unpersist()
     n_source = good_rows + sum(rejected.values())
     return Trial(n_source, rejected, split_rows, fields, count_seconds, read_seconds, *measured)
