@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lc_spark.training.optim import rows_of
+
 
 class ProximalAdagrad:
     """FTRL-Proximal (McMahan 2011, AISTATS, "Follow-the-Regularized-Leader and Mirror Descent").
@@ -49,14 +51,12 @@ class ProximalAdagrad:
 
     def read(self, ids: Tensor) -> Tensor:
         """Return the weights [m, n] of ids int64 [m] as they are now."""
-        # Not by brackets: this copies whole rows, those element by element.
-        rows = [table.index_select(0, ids) for table in (self.weights, self.squares, self.last)]
-        return self._now(*rows)
+        last = self.last.index_select(0, ids)
+        return self._now(rows_of(self.weights, ids), rows_of(self.squares, ids), last)
 
     def step(self, ids: Tensor, gradients: Tensor, bias_gradient: Tensor) -> None:
         """Update by the sums of the rows' gradients: [m, n] of distinct ids int64 [m], and [n]."""
-        squares = self.squares.index_select(0, ids)
-        weights = self.weights.index_select(0, ids)
+        squares, weights = rows_of(self.squares, ids), rows_of(self.weights, ids)
         weights = self._now(weights, squares, self.last.index_select(0, ids))
         squares += gradients.square()
         self.steps += 1
