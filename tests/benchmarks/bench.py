@@ -23,7 +23,9 @@ LOG = "workspace/bench/appdata"  # a tenth of the paper's AppData
 # Name -> the commands of a section, each beginning with what the program `python` is given.
 SECTIONS = {
     "features": [f"tests/benchmarks/features.py {LOG}"],
-    "indexer": [f"tests/benchmarks/features.py {LOG} --indexer --fields 40"],
+    "indexer": [
+        "tests/benchmarks/features.py data/appdata --indexer --fields 40 --rows 1000000",
+    ],
     "lr": [
         "tests/benchmarks/lr_pass.py --config conf/flights.yaml",
         "tests/benchmarks/lr_by.py --config conf/flights.yaml",

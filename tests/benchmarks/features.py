@@ -1,12 +1,13 @@
 """How long features take, beside a plain copy of the same table and MLlib's StringIndexer.
 
     python tests/benchmarks/features.py LOG [--config conf/appdata.yaml] [--times 5]
-    python tests/benchmarks/features.py LOG --indexer --fields 40 --times 1
+    python tests/benchmarks/features.py LOG --indexer --fields 40 --rows 1000000
 
 LOG is a folder of Parquet files with the columns of the config (lc-spark synth). It is ingested
-into a new workspace first, which is not counted. Then these take turns, after one round that is
-not counted either: `copy` reads raw by Spark and writes it as Parquet; `features` fits the field
-map and the vocabulary, writes the table `vocabulary` and the shards; with --indexer
+into a new workspace first, which is not counted; with --fields as the config's last so many text
+columns alone, with --rows as so many of its rows, by chance. Then these take turns, after one round
+that is not counted either: `copy` reads raw by Spark and writes it as Parquet; `features` fits the
+field map and the vocabulary, writes the table `vocabulary` and the shards; with --indexer
 `StringIndexer` fits MLlib's on the text columns and writes the rows with its indices (it has no
 min_count, so that `features` keeps every value too, and both see all rows).
 """
@@ -18,13 +19,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyspark.ml.feature import StringIndexer
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from turns import print_turns, take_turns
 
 from lc_spark import config_file, ingest, session, tables
+from lc_spark.config import Config
 from lc_spark.features.fit import fit_features
 from lc_spark.features.levels import write_levels
 from lc_spark.features.shards import write_shards
+
+
+def write_part(spark: SparkSession, log: Path, config: Config, rows: int | None) -> None:
+    """Write the columns of a log that the config reads, and so many rows of it, as its source."""
+    log_df = spark.read.parquet(str(log))
+    if rows is not None:
+        log_df = log_df.sample(rows / log_df.count(), config.seed)
+    columns = [f.name for f in config.fields]
+    log_df.select("impression", "date", "clicked", "true_probability", *columns).write.parquet(
+        str(config.source.path)
+    )
 
 
 def main() -> None:
@@ -34,10 +48,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("conf/appdata.yaml"))
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--indexer", action="store_true")
-    parser.add_argument("--fields", type=int, help="of the config, the last so many texts alone")
+    parser.add_argument("--fields", type=int)
+    parser.add_argument("--rows", type=int)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lc_spark_features_"))
-    overrides = [f"workspace={folder}", f"source.path={arguments.log.resolve()}"]
+    overrides = [f"workspace={folder}", f"source.path={folder}/log"]
     config = config_file.load(arguments.config, overrides)
     fields = config.fields
     if arguments.fields:
@@ -46,6 +61,7 @@ def main() -> None:
         fields = tuple(f.model_copy(update={"min_count": 1}) for f in fields)
     config = config.model_copy(update={"fields": fields})
     spark = session.start(config)
+    write_part(spark, arguments.log, config, arguments.rows)
     version = ingest.ingest(spark, config).raw_version
     raw_df = tables.read(spark, config, "raw", version)
     placed_df = tables.read_with_places(spark, config, "raw", version)

@@ -149,7 +149,7 @@ def quality(
     settings = {**config.training.model_dump(), "m1_learning_rate": rate}
     results = []
     for seed in seeds:
-        name = f"{kind}_{config.training.channels}_{rate}_{seed}".replace(" ", "_")
+        name = f"{kind}_{config.training.channels}_{rate}_{seed}".replace(" ", "_").replace(".", "_")
         system = System(system="lc_dnn", name=name, training=settings)
         spec = launch.train_spec(config, system, None, seed)
         (Path(spec.output) / RESULT_FILE).unlink(missing_ok=True)  # it is timed too
