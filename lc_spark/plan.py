@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 
 from lc_spark.config import Config
+from lc_spark.features.counts import HELD_COUNTS
 from lc_spark.features.memory import COLLECTING, TEXTS
 from lc_spark.features.vectors import MAX_FEATURES
-from lc_spark.features.vocabulary import CHUNK_CELLS
 from lc_spark.field_map import FieldMap
 from lc_spark.parameters import ParameterCount, copies_bytes, parameter_count
 from lc_spark.systems import System
@@ -35,7 +35,7 @@ DOUBLE, FLOAT = 8, 4
 HEAP_SHARE = 0.6  # of the JVM's heap that data may take: spark.memory.fraction
 ROW_COPIES = 2  # as vectors, and in the blocks that MLlib makes of them
 ROW_BYTES, ENTRY_BYTES = 100, 12  # of a sparse vector, and of an index and value in it
-CELL_BYTES = 16  # of a value that a worker counts, as text
+COUNT_BYTES = 100  # of a value that a worker counts: text, hash and count, and as it sends them
 VOCABULARY_BYTES = 12  # an entry: int64 hash, int32 index
 TEXT_BYTES = 16  # of a value, about
 CHECKPOINT = 3  # copies of the weights in a file: themselves and two moments
@@ -112,7 +112,7 @@ class Plan:
         entries = sum(info.size for info in self.field_map.fields if info.has_vocabulary)
         cores, jvm = self.machine.cores, self.heap + JVM_BYTES
         cells = len(self.field_map.fields) * self.trial.split_rows["train"] // cores
-        worker = PYTHON_BYTES + CELL_BYTES * min(CHUNK_CELLS, cells)
+        worker = PYTHON_BYTES + COUNT_BYTES * min(HELD_COUNTS, cells)
         worker += 2 * VOCABULARY_BYTES * entries  # as it came and as it is used
         driver = PYTHON_BYTES + (COLLECTING + TEXTS * TEXT_BYTES) * entries
         ranks = [

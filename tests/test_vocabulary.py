@@ -10,13 +10,15 @@ from conftest import levels_of
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features import levels as level_names
 from lc_spark.features import memory
+from lc_spark.features.counts import bundled
 from lc_spark.features.fit import Fitted, fit_features
-from lc_spark.features.ranking import rank_keys, rank_values, to_vocabulary
+from lc_spark.features.ranking import rank, to_vocabulary
 from lc_spark.features.vocabulary import count_values
 from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo
@@ -266,7 +268,7 @@ def test_two_values_of_one_hash_are_an_error_that_names_both(spark: SparkSession
     rows = [(pair[0],), (pair[1],), ("other",), (None,)]
     df = spark.createDataFrame(rows, "campaign string")
     with pytest.raises(LcSparkError, match="same 64-bit hash") as error:
-        rank_values(count_values(df, [info]), {"campaign": 1})
+        rank(count_values(df, [info]), {"campaign": 1})
     assert "Field 'campaign'" in str(error.value)
     assert all(repr(value) in str(error.value) for value in pair)
 
@@ -283,11 +285,13 @@ def counts_df(spark: SparkSession) -> DataFrame:
     rows = [(name, None, 9) for name in CUTS] + [(name, "rare", 1) for name in CUTS]
     for name, counts in {"user": USERS, "item": ITEMS}.items():
         rows += [(name, value, part) for value, n in counts.items() for part in (1, n - 1)]
-    return spark.createDataFrame(rows, "field string, value string, count long").persist()
+    rows_df = spark.createDataFrame(rows, "field string, value string, count long")
+    hashed = F.when(F.col("value").isNotNull(), F.xxhash64("value")).alias("hash")
+    return bundled(rows_df.select("*", hashed)).persist()
 
 
 def test_kept_values_are_in_the_order_of_their_counts(counts_df: DataFrame) -> None:
-    ranked = rank_values(counts_df, CUTS)
+    ranked = rank(counts_df, CUTS)
     user, item = ranked["user"], ranked["item"]
     assert user.values is not None
     assert item.values is not None
@@ -307,7 +311,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused_before_it_is_collected(
 ) -> None:
     each = memory.bytes_a_value(2) + memory.TEXTS * TEXT  # local[2]
     with pytest.raises(LcSparkError) as error:
-        rank_values(counts_df, CUTS, free=120 * each)
+        rank(counts_df, CUTS, free=120 * each)
     said = str(error.value)
     assert "The vocabulary of 220 values needs" in said
     assert f"({each} bytes a value in the driver and its tasks)" in said
@@ -315,25 +319,25 @@ def test_a_vocabulary_that_does_not_fit_is_refused_before_it_is_collected(
     # 100 users fit beside the items: those seen 102 times and more.
     assert "Set user: hashed: 64, or raise min_count there to 200." in said
     for free in (220 * each, 220 * each + each - 1):
-        assert len(rank_values(counts_df, CUTS, free=free)["user"].hashes) == 200
+        assert len(rank(counts_df, CUTS, free=free)["user"].hashes) == 200
 
 
 def test_keys_that_do_not_fit_beside_the_values_are_refused(spark: SparkSession) -> None:
     each = memory.bytes_a_value(2)
-    rows = [("cross", key, 1 + key) for key in range(21)]  # 0: all parents missing
-    keys_df = spark.createDataFrame(rows, "field string, key long, count long")
-    ranked = rank_keys(keys_df, {"cross": 2}, held=200, free=220 * each)["cross"]
+    rows = [("cross", key or None, 1 + key) for key in range(21)]  # 0: all parents missing
+    keys_df = bundled(spark.createDataFrame(rows, "field string, hash long, count long"))
+    ranked = rank(keys_df, {"cross": 2}, held=200, free=220 * each)["cross"]
     assert ranked.hashes.tolist() == list(range(20, 0, -1))
     assert (ranked.values, ranked.missing, ranked.other) == (None, 1, 0)
     with pytest.raises(LcSparkError, match="The vocabulary of 221 values"):
-        rank_keys(keys_df, {"cross": 2}, held=201, free=220 * each)
+        rank(keys_df, {"cross": 2}, held=201, free=220 * each)
 
 
 def test_the_min_count_that_is_named_makes_the_vocabulary_fit(counts_df: DataFrame) -> None:
     each = memory.bytes_a_value(2) + memory.TEXTS * TEXT
     with pytest.raises(LcSparkError, match="raise min_count there to 200"):
-        rank_values(counts_df, CUTS, free=100 * each)
-    ranked = rank_values(counts_df, {**CUTS, "user": 200}, free=100 * each)
+        rank(counts_df, CUTS, free=100 * each)
+    ranked = rank(counts_df, {**CUTS, "user": 200}, free=100 * each)
     assert {name: len(found.hashes) for name, found in ranked.items()} == {"user": 2, "item": 20}
     with pytest.raises(LcSparkError, match=r"Set user: hashed: 64; item: hashed: 8, or"):
-        rank_values(counts_df, CUTS, free=10 * each)
+        rank(counts_df, CUTS, free=10 * each)

@@ -1,26 +1,41 @@
-"""Adds up the counts of values that a Python task meets, so that it passes each on only once."""
+"""Counts of values: added up in each task, and sent on as bundles.
 
-from collections.abc import Iterator, Sequence
+A bundle is an Arrow table in bytes, of values whose hashes fall into one bucket. So Spark moves a
+few large rows: a row for each value took it four times as long.
+"""
 
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame
 
-MOST_RECORDS = 1_000_000  # of a batch on its way to the JVM
+from lc_spark.pandas_rows import hash_bytes
+
+HELD_COUNTS = 5_000_000  # distinct values that a task adds up before it sends them on
+BUCKETS = 64
+BUNDLES = "bucket int, bundle binary"
+Batches = Iterable[pa.RecordBatch]
 
 
 class Counts:
     """Counts of values by field, added up from time to time."""
 
-    def __init__(self) -> None:
+    def __init__(self, column: str) -> None:
+        """Take the name that bundles give to the counts."""
+        self.column = column
         self.parts: dict[str, list[pa.Table]] = {}
         self.merged: dict[str, int] = {}  # distinct values when they were last added up
 
     @property
-    def size(self) -> int:
-        """Number of values held, those that are yet to be added up included."""
-        return sum(part.num_rows for parts in self.parts.values() for part in parts)
+    def is_full(self) -> bool:
+        """Whether it holds so many values, those yet to be added up included, as it should."""
+        held: int = sum(part.num_rows for parts in self.parts.values() for part in parts)
+        return held > HELD_COUNTS
 
     def add(self, name: str, values: pa.Array, counts: pa.Array) -> None:
-        """Add counts [n] of values [n]."""
+        """Add counts [n] of values [n]: texts, or keys of int64; null stands for missing."""
         parts = self.parts.setdefault(name, [])
         parts.append(pa.table([values, counts], ["value", "count"]))
         if sum(part.num_rows for part in parts) > 2 * self.merged.get(name, 0):
@@ -28,20 +43,65 @@ class Counts:
             self.merged[name] = self.parts[name][0].num_rows
 
     def give(self) -> Iterator[pa.RecordBatch]:
-        """Yield all counts as (field, value, count), and hold none."""
+        """Yield all counts as bundles of (field, hash, counts, and value where it is a text)."""
+        tables = []
         for name, parts in self.parts.items():
-            for batch in _added_up(parts).to_batches(MOST_RECORDS):
-                field = pa.repeat(name, batch.num_rows)
-                arrays = [field, batch.column("value"), batch.column("count")]
-                yield pa.RecordBatch.from_arrays(arrays, names=["field", "value", "count"])
+            values, counts = _added_up(parts).columns
+            columns = {"field": pa.repeat(name, len(values)), self.column: counts}
+            if pa.types.is_integer(values.type):
+                columns["hash"] = values
+            else:
+                texts = values.cast(pa.binary()).to_pylist()
+                columns |= {"hash": pa.array(map(hash_bytes, texts), pa.int64()), "value": values}
+            columns["field"] = pc.dictionary_encode(columns["field"])
+            tables.append(pa.table(columns))
         self.parts, self.merged = {}, {}
+        if tables:
+            yield from _bundles(pa.concat_tables(tables))
+
+
+def bundled(df: DataFrame) -> DataFrame:
+    """Return rows of (field string, hash long, ...) as bundles."""
+
+    def passed_on(batches: Batches) -> Batches:
+        for batch in batches:
+            table = pa.Table.from_batches([batch])
+            field = pc.dictionary_encode(table["field"])
+            yield from _bundles(table.set_column(table.column_names.index("field"), "field", field))
+
+    return df.mapInArrow(passed_on, BUNDLES)
+
+
+def unbundled(bundles: Iterable[bytes]) -> pa.Table:
+    """Return the rows of bundles; a column that some of them lack is null there."""
+    tables = [pa.ipc.open_stream(pa.py_buffer(bundle)).read_all() for bundle in bundles]
+    return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """Return a table as a bundle."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _bundles(table: pa.Table) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a table bucket by bucket, as rows of BUNDLES; what is missing is in 0."""
+    hashes = pc.fill_null(table["hash"], 0).to_numpy()
+    buckets = (hashes.view(np.uint64) % np.uint64(BUCKETS)).astype(np.uint8)
+    ordered = table.unify_dictionaries().combine_chunks().take(pa.array(np.argsort(buckets)))
+    ends = np.cumsum(np.bincount(buckets, minlength=BUCKETS)).tolist()
+    for bucket, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
+        if first < last:
+            content = to_bytes(ordered.slice(first, last - first))
+            columns = [pa.array([bucket], pa.int32()), pa.array([content], pa.binary())]
+            yield pa.RecordBatch.from_arrays(columns, names=["bucket", "bundle"])
 
 
 def _added_up(parts: Sequence[pa.Table]) -> pa.Table:
     if len(parts) == 1:
         return parts[0].combine_chunks()
-    # One chunk: a batch then has as many rows as asked for.
     summed = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
-    return summed.rename_columns(
-        ["count" if name == "count_sum" else name for name in summed.column_names]
-    ).combine_chunks()
+    return pa.table([summed["value"], summed["count_sum"]], ["value", "count"]).combine_chunks()

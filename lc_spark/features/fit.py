@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary
 from lc_spark.errors import LcSparkError
+from lc_spark.features.counts import bundled
 from lc_spark.features.discretize import fit_numeric, refuse_fractions, summary
 from lc_spark.features.levels import Levels
 from lc_spark.features.prepare import column_types
@@ -20,8 +21,8 @@ from lc_spark.features.ranking import (
     FRESH,
     Given,
     Ranked,
-    rank_keys,
-    rank_values,
+    counts_by_index,
+    rank,
     to_vocabulary,
 )
 from lc_spark.features.vocabulary import count_indices, count_values
@@ -109,12 +110,9 @@ def _fit_values(
         return {}, Vocabulary({}), infos
     given = _given(old, counted)
     if recent_df is not None:
-        seen_df = count_values(recent_df, counted).select("field", F.xxhash64("value"))
-        given = Given(seen_df=seen_df.toDF("field", "hash").distinct())
+        given = Given(seen_df=count_values(recent_df, counted, "seen"))
     value_cuts = {info.name: cuts[info.name] for info in counted}
-    counts_df = count_values(train_df, counted).persist(StorageLevel.DISK_ONLY)
-    ranked = rank_values(counts_df, value_cuts, given)
-    counts_df.unpersist()
+    ranked = rank(count_values(train_df, counted), value_cuts, given)
     words = to_vocabulary(ranked)
     return ranked, words, _sized(infos, ranked, words)
 
@@ -141,30 +139,14 @@ def _fit_crosses(
     keys_df = count_indices(train_df, counted_map, words, ranked).persist(StorageLevel.DISK_ONLY)
     given = _given(old, ranked, base)
     if recent_df is not None:
-        seen_df = count_indices(recent_df, counted_map, words, ranked)
-        given = Given(seen_df=seen_df.select("field", F.col("key").alias("hash")))
+        given = Given(seen_df=count_indices(recent_df, counted_map, words, ranked, "seen"))
     cross_cuts = {info.name: cuts[info.name] for info in ranked}
     held = sum(len(hashes) for hashes, _ in words.entries.values())
-    keys = rank_keys(keys_df, cross_cuts, given, held)
-    counts = _index_counts(keys_df, plain)
+    keys = rank(keys_df, cross_cuts, given, held)
+    counts = counts_by_index(keys_df, {info.name: info.size for info in plain})
     keys_df.unpersist()
     key_words = to_vocabulary(keys)
     return keys, key_words, counts, _sized(infos, keys, key_words)
-
-
-def _index_counts(keys_df: DataFrame, infos: list[FieldInfo]) -> dict[str, NDArray[np.int64]]:
-    """Return the rows of each index [size] of fields without a vocabulary."""
-    if not infos:
-        return {}
-    offsets = np.cumsum([0, *(info.size for info in infos)])
-    starts = [(i.name, int(start)) for i, start in zip(infos, offsets, strict=False)]
-    starts_df = keys_df.sparkSession.createDataFrame(starts, "field string, start long")
-    placed_df = keys_df.join(F.broadcast(starts_df), "field")
-    table = placed_df.select((F.col("start") + F.col("key")).alias("place"), "count").toArrow()
-    flat = np.zeros(offsets[-1], np.int64)
-    flat[table["place"].to_numpy()] = table["count"].to_numpy()
-    parts = np.split(flat, offsets[1:-1])
-    return {info.name: part for info, part in zip(infos, parts, strict=True)}
 
 
 def _check_same(fields: Sequence[AnyField], old_map: FieldMap) -> None:
@@ -200,7 +182,8 @@ def _given(old: Grown | None, infos: Sequence[FieldInfo], base: FieldMap | None 
             for info in infos
         ]
         known_df = known_df.withColumn("hash", F.coalesce(*keys))
-    return Given(known_df.select("field", "index", "value", "hash"))
+    texts = ["value"] if base is None else []
+    return Given(bundled(known_df.select("field", F.col("index").alias("known"), "hash", *texts)))
 
 
 def _new_key(info: FieldInfo, old_map: FieldMap, base: FieldMap) -> Column:

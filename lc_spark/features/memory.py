@@ -1,19 +1,18 @@
 """Reckons what a vocabulary takes, and refuses one that this machine cannot hold."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import psutil
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
+from pyspark.sql import SparkSession
 
 from lc_spark.errors import LcSparkError
+from lc_spark.features.totals import MIN_COUNTS, Sums
 
 # Bytes a value. A vocabulary is a hash (8) and an index (4). Collecting holds what Spark sends
 # (field's number, hash, count, known index, task: 28), that in order (28), the order (16) and the
 # levels (16). A Python worker holds the vocabulary and, while it reads it, what it reads it from.
 COLLECTING, HELD, IN_A_WORKER = 88, 12, 24
 TEXTS = 3  # times that a text is held: as Spark sends it, in order by field, by index
-MIN_COUNTS = (3, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 NAMED = 3  # fields that the error names
 
 
@@ -23,16 +22,17 @@ def bytes_a_value(tasks: int) -> int:
 
 
 def refuse_too_many(
-    values_df: DataFrame, counted: Mapping[str, int], texts: int, held: int, free: int | None
+    spark: SparkSession, sums: Mapping[str, Sums], held: int, free: int | None
 ) -> None:
     """Raise LcSparkError when a vocabulary does not fit.
 
-    values_df has (field, count), a row a value to be kept; counted is their number by field, texts
-    the bytes of their texts, held the number of values which there are already. free is in bytes,
-    by default this machine's.
+    sums tell by field what is to be kept, held is the number of values which there are already,
+    free is in bytes, by default this machine's.
     """
-    context = values_df.sparkSession.sparkContext
+    context = spark.sparkContext
     local = str(context.master).startswith("local")
+    counted = {name: found.kept for name, found in sums.items() if found.kept}
+    texts = sum(found.bytes for found in sums.values())
     values = sum(counted.values())
     each = bytes_a_value(context.defaultParallelism if local else 0)
     each += TEXTS * -(-texts // max(values, 1))
@@ -47,7 +47,7 @@ def refuse_too_many(
     rest = values - sum(counted[name] for name in chosen)
     few = ", ".join(f"'{name}' {counted[name]:,}" for name in largest[: max(NAMED, len(chosen))])
     advice = [f"{name}: hashed: {_power_of_two(counted[name])}" for name in chosen]
-    min_count = _min_count(values_df, chosen, most - rest)
+    min_count = _min_count([sums[name] for name in chosen], most - rest)
     raised = f", or raise min_count there to {min_count}" if min_count else ""
     raise LcSparkError(
         f"The vocabulary of {values + held:,} values needs {(values + held) * each / 1e9:,.2f} GB "
@@ -62,9 +62,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max((n // 2).bit_length() - 1, 0)
 
 
-def _min_count(values_df: DataFrame, fields: list[str], most: int) -> int | None:
+def _min_count(fields: Sequence[Sums], most: int) -> int | None:
     """Return the lowest of MIN_COUNTS that leaves the fields no more than so many values."""
-    often = [F.count_if(F.col("count") >= cut) for cut in MIN_COUNTS]
-    row = values_df.where(F.col("field").isin(fields)).agg(*often).first()
-    assert row is not None, "an aggregate has a row"
-    return next((cut for cut, n in zip(MIN_COUNTS, row, strict=True) if n <= most), None)
+    left = [sum(column) for column in zip(*(sums.often for sums in fields), strict=True)]
+    return next((cut for cut, n in zip(MIN_COUNTS, left, strict=True) if n <= most), None)

@@ -1,6 +1,6 @@
 """Counts the values of fields, and the indices of parents and crosses, on the train rows."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -9,22 +9,22 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary, cross_keys, encode
-from lc_spark.features.counts import Counts
+from lc_spark.features.counts import BUNDLES, Counts
 from lc_spark.features.direct import Tally, direct_fields, pieces
 from lc_spark.features.prepare import prepared_column, texts_column
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.tables import FILE, ROW
 
-CHUNK_CELLS = 20_000_000  # values counted at once in a Python worker: a few hundred MB
-HELD_COUNTS = 10_000_000  # distinct values that a worker adds up before it passes them on
 Batches = Iterable[pa.RecordBatch]
 
 
-def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
+def count_values(
+    train_df: DataFrame, infos: Sequence[FieldInfo], column: str = "count"
+) -> DataFrame:
     """Count the values of categorical and multivalued fields.
 
-    Returns (field string, value string, count long), a distinct value once for each task, or more
-    often where a task meets very many of them; null stands for missing.
+    Returns bundles (counts.py) with the counts in a column of that name: a distinct value once for
+    each task, or more often where a task meets very many of them.
     """
     directly = direct_fields(train_df, infos)
     others = [info for info in infos if info not in directly]
@@ -38,7 +38,7 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
     columns += [F.col(FILE), F.col(ROW)] if directly else []
 
     def counted(batches: Batches) -> Batches:
-        held, tally = Counts(), Tally(directly)
+        held, tally = Counts(column), Tally(directly)
         for piece in pieces(batches, directly):
             for info in others:
                 values = piece.batch.column(info.name)
@@ -48,7 +48,7 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
                 held.add(info.name, counts.field("values"), counts.field("counts"))
             for found in tally.add(piece):
                 held.add(*found)
-            if held.size > HELD_COUNTS:
+            if held.is_full:
                 yield from held.give()
         for found in tally.give():
             held.add(*found)
@@ -56,11 +56,7 @@ def count_values(train_df: DataFrame, infos: Sequence[FieldInfo]) -> DataFrame:
 
     # Few tasks: the more rows one counts, the fewer values are passed on by several.
     n_tasks = 2 * train_df.sparkSession.sparkContext.defaultParallelism
-    return (
-        train_df.select(*columns)
-        .coalesce(n_tasks)
-        .mapInArrow(counted, "field string, value string, count long")
-    )
+    return train_df.select(*columns).coalesce(n_tasks).mapInArrow(counted, BUNDLES)
 
 
 def _flat_or_missing(lists: pa.Array) -> pa.Array:
@@ -71,58 +67,42 @@ def _flat_or_missing(lists: pa.Array) -> pa.Array:
     return pa.concat_arrays([pc.list_flatten(lists), missing])
 
 
-def _chunks(batches: Batches, width: int) -> Iterator[pa.Table]:
-    """Put small batches together: the larger a chunk, the fewer rows leave it."""
-    held: list[pa.RecordBatch] = []
-    rows = 0
-    for batch in batches:
-        held.append(batch)
-        rows += batch.num_rows
-        if rows * width >= CHUNK_CELLS:
-            yield pa.Table.from_batches(held)
-            held, rows = [], 0
-    if held:
-        yield pa.Table.from_batches(held)
-
-
-def _counts_batch(name: str, counts: pa.StructArray) -> pa.RecordBatch:
-    columns = [pa.repeat(name, len(counts)), counts.field("values"), counts.field("counts")]
-    return pa.RecordBatch.from_arrays(columns, names=["field", "value", "count"])
-
-
 def count_indices(
     train_df: DataFrame,
     base: FieldMap,
     vocabulary: Vocabulary,
     crosses: Sequence[FieldInfo],
+    column: str = "count",
 ) -> DataFrame:
     """Count the cross keys of crosses, and the indices of bucketed and hashed fields of base.
 
-    Returns (field string, key long, count long), summed over all rows.
+    Returns bundles as count_values does, the key in the place of the hash. Key 0, all parents
+    missing, and index 0 stand for missing.
     """
     counted_fields = [i for i in base.fields if i.kind == "bucketed" or i.hashed is not None]
     crossed = [*crosses, *(info for info in counted_fields if info.kind == "crossed")]
     needed = {i.name for i in counted_fields} | {parent for info in crossed for parent in info.of}
     if not needed:
-        return train_df.sparkSession.createDataFrame([], "field string, key long, count long")
+        return train_df.sparkSession.createDataFrame([], BUNDLES)
     needed_map = FieldMap(tuple(info for info in base.fields if info.name in needed))
     shared = train_df.sparkSession.sparkContext.broadcast((needed_map, vocabulary))
     columns = [prepared_column(info) for info in needed_map.fields if info.kind != "crossed"]
 
     def counted(batches: Batches) -> Batches:
         field_map, words = shared.value
-        for table in _chunks(batches, len(field_map.fields)):
-            arrays = {name: table[name].combine_chunks() for name in table.column_names}
+        held = Counts(column)
+        for batch in batches:
+            arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
             encoded = encode(arrays, field_map, words)
             keys = {info.name: encoded[info.name].ravel() for info in counted_fields}
             keys |= {info.name: cross_keys(info, encoded, field_map) for info in crosses}
             for name, values in keys.items():
                 values = values[values >= 0].astype(np.int64)  # drops the padding of lists
-                yield _counts_batch(name, pc.value_counts(pa.array(values)))
+                counts = pc.value_counts(pa.array(values, mask=values == 0))
+                held.add(name, counts.field("values"), counts.field("counts"))
+            if held.is_full:
+                yield from held.give()
+        yield from held.give()
 
-    counts_df = train_df.select(*columns).mapInArrow(
-        counted, "field string, value long, count long"
-    )
-    return counts_df.groupBy("field", F.col("value").alias("key")).agg(
-        F.sum("count").alias("count")
-    )
+    n_tasks = 2 * train_df.sparkSession.sparkContext.defaultParallelism
+    return train_df.select(*columns).coalesce(n_tasks).mapInArrow(counted, BUNDLES)

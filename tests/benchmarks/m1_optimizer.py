@@ -16,6 +16,7 @@ M1 alone, in these trainings (mean) and over made-up batches of the paper's size
 """
 
 import argparse
+import re
 import statistics
 import time
 import warnings
@@ -149,7 +150,7 @@ def quality(
     settings = {**config.training.model_dump(), "m1_learning_rate": rate}
     results = []
     for seed in seeds:
-        name = f"{kind}_{config.training.channels}_{rate}_{seed}".replace(" ", "_").replace(".", "_")
+        name = re.sub(r"\W", "_", f"{kind}_{config.training.channels}_{rate}_{seed}")
         system = System(system="lc_dnn", name=name, training=settings)
         spec = launch.train_spec(config, system, None, seed)
         (Path(spec.output) / RESULT_FILE).unlink(missing_ok=True)  # it is timed too
