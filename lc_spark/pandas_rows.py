@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import xxhash
 from numpy.typing import NDArray
 
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldInfo, FieldMap
-
-SPARK_HASH_SEED = 42  # of Spark's xxhash64; the same bytes give the same hash on both sides
+from lc_spark.hashing import hash_text
 
 
 def prepare_pandas(raw: pd.DataFrame, field_map: FieldMap) -> dict[str, pa.Array]:
@@ -81,19 +79,6 @@ def _hasher(info: FieldInfo) -> Callable[[Any], int | None]:
         return None if missing else hash_text(text(value))
 
     return hash_of
-
-
-def hash_text(text: str) -> int | None:
-    """Return Spark's xxhash64 of a string, as signed 64 bits; None for the empty string."""
-    return hash_bytes(text.encode(errors="replace"))
-
-
-def hash_bytes(text: bytes) -> int | None:
-    """Return what hash_text does, of the bytes of a string."""
-    if not text:
-        return None
-    value = xxhash.xxh64_intdigest(text, SPARK_HASH_SEED)
-    return value - 2**64 if value >= 2**63 else value
 
 
 def _string_text(value: Any) -> str:

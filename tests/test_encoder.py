@@ -19,7 +19,8 @@ from lc_spark.encoder import Vocabulary, cross_keys, encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features.fit import check_cross_fits
 from lc_spark.field_map import FieldInfo, FieldMap, require_same
-from lc_spark.pandas_rows import hash_text, prepare_pandas
+from lc_spark.hashing import hash_text
+from lc_spark.pandas_rows import prepare_pandas
 
 NAN, INF = math.nan, math.inf
 

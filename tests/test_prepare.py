@@ -18,7 +18,8 @@ from lc_spark.errors import LcSparkError
 from lc_spark.features.prepare import column_types, prepared_column, texts_column
 from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo, FieldMap
-from lc_spark.pandas_rows import hash_text, prepare_pandas
+from lc_spark.hashing import hash_text
+from lc_spark.pandas_rows import prepare_pandas
 
 NAN, INF = math.nan, math.inf
 

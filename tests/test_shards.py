@@ -18,7 +18,8 @@ from lc_spark.encoder import Vocabulary, encode
 from lc_spark.errors import LcSparkError
 from lc_spark.features.shards import SPLITS, part_files, read_manifest, write_shards
 from lc_spark.field_map import FieldInfo, FieldMap
-from lc_spark.pandas_rows import hash_text, prepare_pandas
+from lc_spark.hashing import hash_text
+from lc_spark.pandas_rows import prepare_pandas
 
 SITES, TAGS = ["JFK", "LAX", "東京"], ["a", "b", "c"]
 WORDS = [("site", SITES), ("tags", TAGS)]

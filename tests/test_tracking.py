@@ -26,7 +26,7 @@ from lc_spark.config import Config
 from lc_spark.encoder import Vocabulary
 from lc_spark.errors import LcSparkError
 from lc_spark.field_map import FieldInfo, FieldMap
-from lc_spark.pandas_rows import hash_text
+from lc_spark.hashing import hash_text
 from lc_spark.training import models
 from lc_spark.training.scorer import Scorer
 

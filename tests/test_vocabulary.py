@@ -22,7 +22,8 @@ from lc_spark.features.ranking import rank, to_vocabulary
 from lc_spark.features.vocabulary import count_values
 from lc_spark.field_kinds import AnyField
 from lc_spark.field_map import FieldInfo
-from lc_spark.pandas_rows import hash_text, prepare_pandas
+from lc_spark.hashing import hash_text
+from lc_spark.pandas_rows import prepare_pandas
 
 NAN, INF = float("nan"), float("inf")
 SCHEMA = """row_id long, origin string, dest string, hour int, delay double, tags string,

@@ -11,51 +11,50 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 
-from lc_spark.pandas_rows import hash_bytes
+from lc_spark.hashing import hash_texts
 
-HELD_COUNTS = 5_000_000  # distinct values that a task adds up before it sends them on
+HELD_COUNTS = 8_000_000  # values that a task holds: some 0.5 GB when it sends them on
 BUCKETS = 64
 BUNDLES = "bucket int, bundle binary"
 Batches = Iterable[pa.RecordBatch]
 
 
 class Counts:
-    """Counts of values by field, added up from time to time."""
+    """Counts by field of what one task has met, be it texts or keys."""
 
     def __init__(self, column: str) -> None:
         """Take the name that bundles give to the counts."""
         self.column = column
         self.parts: dict[str, list[pa.Table]] = {}
-        self.merged: dict[str, int] = {}  # distinct values when they were last added up
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it holds so many values, those yet to be added up included, as it should."""
-        held: int = sum(part.num_rows for parts in self.parts.values() for part in parts)
-        return held > HELD_COUNTS
+        self.size = 0  # values held, those that are in several parts as often
 
     def add(self, name: str, values: pa.Array, counts: pa.Array) -> None:
-        """Add counts [n] of values [n]: texts, or keys of int64; null stands for missing."""
-        parts = self.parts.setdefault(name, [])
-        parts.append(pa.table([values, counts], ["value", "count"]))
-        if sum(part.num_rows for part in parts) > 2 * self.merged.get(name, 0):
-            self.parts[name] = [_added_up(parts)]
-            self.merged[name] = self.parts[name][0].num_rows
+        """Add counts [n] of texts or int64 keys [n]; null stands for missing."""
+        part = pa.table([values, counts], ["value", "count"])
+        self.parts.setdefault(name, []).append(part)
+        self.size += part.num_rows
+
+    def relieve(self) -> Iterator[pa.RecordBatch]:
+        """Add up what is held, if that is much, and yield it where most of it differs."""
+        if self.size > HELD_COUNTS:
+            self.parts = {name: [_added_up(parts)] for name, parts in self.parts.items()}
+            self.size = sum(part.num_rows for [part] in self.parts.values())
+            if self.size > HELD_COUNTS // 2:
+                yield from self.give()
 
     def give(self) -> Iterator[pa.RecordBatch]:
         """Yield all counts as bundles of (field, hash, counts, and value where it is a text)."""
         tables = []
         for name, parts in self.parts.items():
-            values, counts = _added_up(parts).columns
+            values, counts = (c.combine_chunks() for c in pa.concat_tables(parts).columns)
             columns = {"field": pa.repeat(name, len(values)), self.column: counts}
             if pa.types.is_integer(values.type):
                 columns["hash"] = values
             else:
-                texts = values.cast(pa.binary()).to_pylist()
-                columns |= {"hash": pa.array(map(hash_bytes, texts), pa.int64()), "value": values}
+                columns |= {"hash": hash_texts(values), "value": values}
             columns["field"] = pc.dictionary_encode(columns["field"])
             tables.append(pa.table(columns))
-        self.parts, self.merged = {}, {}
+        self.parts, self.size = {}, 0
         if tables:
             yield from _bundles(pa.concat_tables(tables))
 
@@ -91,7 +90,8 @@ def _bundles(table: pa.Table) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a table bucket by bucket, as rows of BUNDLES; what is missing is in 0."""
     hashes = pc.fill_null(table["hash"], 0).to_numpy()
     buckets = (hashes.view(np.uint64) % np.uint64(BUCKETS)).astype(np.uint8)
-    ordered = table.unify_dictionaries().combine_chunks().take(pa.array(np.argsort(buckets)))
+    order = np.argsort(buckets, kind="stable")
+    ordered = table.unify_dictionaries().combine_chunks().take(pa.array(order))
     ends = np.cumsum(np.bincount(buckets, minlength=BUCKETS)).tolist()
     for bucket, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         if first < last:
@@ -101,7 +101,5 @@ def _bundles(table: pa.Table) -> Iterator[pa.RecordBatch]:
 
 
 def _added_up(parts: Sequence[pa.Table]) -> pa.Table:
-    if len(parts) == 1:
-        return parts[0].combine_chunks()
     summed = pa.concat_tables(parts).group_by("value").aggregate([("count", "sum")])
-    return pa.table([summed["value"], summed["count_sum"]], ["value", "count"]).combine_chunks()
+    return pa.table([summed["value"], summed["count_sum"]], ["value", "count"])

@@ -21,7 +21,7 @@ from pyspark.sql import functions as F
 from lc_spark.features.prepare import FLOATS, INTEGERS, prepared_column
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.files import as_path
-from lc_spark.pandas_rows import hash_bytes
+from lc_spark.hashing import hash_texts
 from lc_spark.tables import FILE, ROW
 
 Batches = Iterable[pa.RecordBatch]
@@ -163,9 +163,7 @@ class Preparer:
                 prepared[info.name] = _numbers(taken(column, piece.rows))
                 continue
             if info.column not in self.hashes:
-                # As bytes: what is no UTF-8 has a hash in Spark too.
-                texts = column.dictionary.cast(pa.binary()).to_pylist()
-                self.hashes[info.column] = pa.array(map(hash_bytes, texts), pa.int64())
+                self.hashes[info.column] = hash_texts(column.dictionary)
             prepared[info.name] = self.hashes[info.column].take(taken(column, piece.rows).indices)
         return prepared
 

@@ -70,15 +70,15 @@ def read_kept(added_df: DataFrame) -> pa.Table:
 
     field is the place of its name in min_counts; known is -1 for a value without an index.
     """
-    rows = added_df.select("kept").toLocalIterator()
-    tables = [unbundled([row["kept"]]) for row in rows]
-    if not tables:
-        return pa.table({name: pa.array([], pa.int64()) for name in ("field", "hash", "count")})
-    kept = pa.concat_tables(tables)
+    bundles = added_df.select("kept").toArrow()["kept"]
+    if not len(bundles):
+        empty = pa.array([], pa.int64())
+        return pa.table(dict.fromkeys(("field", "hash", "count", "known"), empty))
+    kept = unbundled(bundle.as_buffer() for bundle in bundles)
     if "value" in kept.column_names:  # 64-bit offsets: all texts together may pass 2 GB
         texts = kept["value"].cast(pa.large_string())
         kept = kept.set_column(kept.column_names.index("value"), "value", texts)
-    order = np.argsort(kept["field"].to_numpy(), kind="stable")
+    order = np.argsort(kept["field"].to_numpy().astype(np.uint16), kind="stable")  # a radix sort
     return kept.combine_chunks().take(pa.array(order))
 
 

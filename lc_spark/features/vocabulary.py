@@ -48,8 +48,7 @@ def count_values(
                 held.add(info.name, counts.field("values"), counts.field("counts"))
             for found in tally.add(piece):
                 held.add(*found)
-            if held.is_full:
-                yield from held.give()
+            yield from held.relieve()
         for found in tally.give():
             held.add(*found)
         yield from held.give()
@@ -100,8 +99,7 @@ def count_indices(
                 values = values[values >= 0].astype(np.int64)  # drops the padding of lists
                 counts = pc.value_counts(pa.array(values, mask=values == 0))
                 held.add(name, counts.field("values"), counts.field("counts"))
-            if held.is_full:
-                yield from held.give()
+            yield from held.relieve()
         yield from held.give()
 
     n_tasks = 2 * train_df.sparkSession.sparkContext.defaultParallelism

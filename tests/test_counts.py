@@ -1,0 +1,78 @@
+"""Counts of one task: what is added up, and what is sent on, in which bundles."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pytest
+
+from lc_spark.features import counts
+from lc_spark.features.counts import Counts, unbundled
+from lc_spark.hashing import hash_text
+
+WORDS = [*(f"word {n}" for n in range(100)), None, None]
+
+
+def add(held: Counts, name: str, values: Sequence[str | int | None]) -> None:
+    kind = pa.string() if isinstance(values[0], str) else pa.int64()
+    held.add(name, pa.array(values, kind), pa.array([1] * len(values)))
+
+
+@pytest.mark.parametrize(
+    ("values", "hashes"),
+    [
+        (WORDS, [word and hash_text(word) for word in WORDS]),
+        ([*range(1, 100), 2**62, None], [*range(1, 100), 2**62, None]),
+    ],
+    ids=["texts", "keys"],
+)
+def test_a_bundle_has_the_values_of_one_bucket_with_their_hashes(
+    values: Sequence[str | int | None], hashes: list[int | None]
+) -> None:
+    held = Counts("seen")
+    add(held, "first", values)
+    add(held, "second", values[:1])
+    bundles = list(held.give())
+    buckets = [batch["bucket"][0].as_py() for batch in bundles]
+    assert buckets == sorted(set(buckets))
+    rows = []
+    for bucket, batch in zip(buckets, bundles, strict=True):
+        found = unbundled([batch["bundle"][0].as_py()]).to_pylist()
+        assert {(row["hash"] or 0) % counts.BUCKETS for row in found} == {bucket}
+        rows += found
+    assert {row["seen"] for row in rows} == {1}
+    assert [row["hash"] for row in rows if row["field"] == "second"] == hashes[:1]
+    firsts = [row for row in rows if row["field"] == "first"]
+    texts = values if values is WORDS else [None] * len(values)
+    assert Counter((r["hash"], r.get("value")) for r in firsts) == Counter(
+        zip(hashes, texts, strict=True)
+    )
+    assert list(held.give()) == []  # nothing is left
+
+
+def test_values_that_come_again_are_added_up_and_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "HELD_COUNTS", 1000)
+    held = Counts("count")
+    for _ in range(50):
+        add(held, "word", WORDS)
+        assert list(held.relieve()) == []
+        assert held.size <= 1000
+    rows = [r for b in held.give() for r in unbundled([b["bundle"][0].as_py()]).to_pylist()]
+    found: Counter[str | None] = Counter()
+    for row in rows:
+        found[row["value"]] += row["count"]
+    assert found == Counter({word: 50 * n for word, n in Counter(WORDS).items()})
+    assert len(rows) <= 1000
+
+
+def test_many_values_that_differ_are_sent_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "HELD_COUNTS", 1000)
+    held = Counts("count")
+    sent = 0
+    for part in range(20):
+        add(held, "key", list(range(100 * part, 100 * part + 100)))
+        bundles = list(held.relieve())
+        sent += sum(len(unbundled([b["bundle"][0].as_py()])) for b in bundles)
+        assert held.size <= 1000
+    assert sent >= 1000
+    assert sent + held.size == 2000
