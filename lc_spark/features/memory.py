@@ -9,10 +9,11 @@ from lc_spark.errors import LcSparkError
 from lc_spark.features.totals import MIN_COUNTS, Sums
 
 # Bytes a value. A vocabulary is a hash (8) and an index (4). Collecting holds what Spark sends
-# (field's number, hash, count, known index, task: 28), that in order (28), the order (16) and the
-# levels (16). A Python worker holds the vocabulary and, while it reads it, what it reads it from.
-COLLECTING, HELD, IN_A_WORKER = 88, 12, 24
-TEXTS = 3  # times that a text is held: as Spark sends it, in order by field, by index
+# (field's number, hash, count, known index: 24), that in one piece and in order (24 each), where
+# texts begin (16) and the order (8). A Python worker holds the vocabulary and, while it reads it,
+# what it reads it from.
+COLLECTING, HELD, IN_A_WORKER = 96, 12, 24
+TEXTS = 3  # times that a text is held: as Spark sends it, in one piece, in order
 NAMED = 3  # fields that the error names
 
 
