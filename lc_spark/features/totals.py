@@ -71,9 +71,6 @@ def read_kept(added_df: DataFrame) -> pa.Table:
     field is the place of its name in min_counts; known is -1 for a value without an index.
     """
     bundles = added_df.select("kept").toArrow()["kept"]
-    if not len(bundles):
-        empty = pa.array([], pa.int64())
-        return pa.table(dict.fromkeys(("field", "hash", "count", "known"), empty))
     kept = unbundled(bundle.as_buffer() for bundle in bundles)
     if "value" in kept.column_names:  # 64-bit offsets: all texts together may pass 2 GB
         texts = kept["value"].cast(pa.large_string())

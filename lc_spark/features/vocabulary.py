@@ -81,8 +81,6 @@ def count_indices(
     counted_fields = [i for i in base.fields if i.kind == "bucketed" or i.hashed is not None]
     crossed = [*crosses, *(info for info in counted_fields if info.kind == "crossed")]
     needed = {i.name for i in counted_fields} | {parent for info in crossed for parent in info.of}
-    if not needed:
-        return train_df.sparkSession.createDataFrame([], BUNDLES)
     needed_map = FieldMap(tuple(info for info in base.fields if info.name in needed))
     shared = train_df.sparkSession.sparkContext.broadcast((needed_map, vocabulary))
     columns = [prepared_column(info) for info in needed_map.fields if info.kind != "crossed"]
