@@ -40,8 +40,9 @@ def hash_texts(texts: pa.Array) -> pa.Array:
     """Return int64 hashes [n] of texts [n], of any encoding; null for null and the empty string."""
     if len(texts) < FEW:
         return pa.array(map(_hash_bytes, texts.cast(pa.binary()).to_pylist()), pa.int64())
-    _, at, content = texts.cast(pa.large_binary()).buffers()
-    offsets = np.frombuffer(at, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    wide = texts.cast(pa.large_binary())  # with offsets of 64 bits, whatever they were
+    _, at, content = wide.buffers()
+    offsets = np.frombuffer(at, np.int64)[wide.offset : wide.offset + len(texts) + 1]
     lengths = np.diff(offsets)
     hashes = np.zeros(len(texts), np.uint64)
     for length, rows in _by_length(np.minimum(lengths, STRIPE)):
