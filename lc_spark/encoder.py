@@ -114,10 +114,10 @@ def encode(
 ) -> dict[str, NDArray[Any]]:
     """Encode prepared columns, one entry a field that is no cross.
 
-    columns holds int64 hashes (categorical), lists of them (multivalued) or float64 (bucketed,
-    continuous), null where missing. Returns, for n rows: int32 [n] indices, int32 [n, max_values]
-    padded with -1 for multivalued fields, float32 [n] standardised values (NaN = missing) for
-    continuous ones.
+    columns holds int64 hashes (categorical; a dictionary of them will do), lists of them
+    (multivalued) or float64 (bucketed, continuous), null where missing. Returns, for n rows: int32
+    [n] indices, int32 [n, max_values] padded with -1 for multivalued fields, float32 [n]
+    standardised values (NaN = missing) for continuous ones.
     """
     encoded: dict[str, NDArray[Any]] = {}
     for info in field_map.fields:
@@ -141,6 +141,11 @@ def _indices_of(info: FieldInfo, hashes: NDArray[Any], vocabulary: Vocabulary) -
 
 
 def _encode_categorical(info: FieldInfo, column: pa.Array, vocabulary: Vocabulary) -> NDArray[Any]:
+    if pa.types.is_dictionary(column.type):  # a value is looked up once, not once a row
+        indices = _encode_categorical(info, column.dictionary, vocabulary)
+        codes = pc.fill_null(column.indices, len(indices)).to_numpy(zero_copy_only=False)
+        found: NDArray[Any] = np.append(indices, np.int32(MISSING))[codes]
+        return found
     hashes = pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
     indices = _indices_of(info, hashes, vocabulary)
     indices[pc.is_null(column).to_numpy(zero_copy_only=False)] = MISSING

@@ -151,7 +151,7 @@ class Preparer:
         self.hashes: dict[str, pa.Array] = {}
 
     def prepare(self, piece: Piece) -> dict[str, pa.Array]:
-        """Return int64 hashes or float64 numbers, null where missing, as ``prepare`` has them."""
+        """Return int64 hashes, as dictionaries, or float64 numbers; null where missing."""
         if piece.group is None:
             return {}
         if piece.group is not self.group:
@@ -164,7 +164,9 @@ class Preparer:
                 continue
             if info.column not in self.hashes:
                 self.hashes[info.column] = hash_texts(column.dictionary)
-            prepared[info.name] = self.hashes[info.column].take(taken(column, piece.rows).indices)
+            codes = taken(column, piece.rows).indices
+            hashes = self.hashes[info.column]
+            prepared[info.name] = pa.DictionaryArray.from_arrays(codes, hashes)
         return prepared
 
 
