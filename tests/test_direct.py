@@ -14,7 +14,9 @@ from pyspark.sql import functions as F
 from lc_spark import tables
 from lc_spark.config import Config
 from lc_spark.features.direct import direct_fields
+from lc_spark.features.discretize import summary
 from lc_spark.features.fit import Fitted, fit_features
+from lc_spark.features.prepare import column_types
 from lc_spark.features.shards import SPLITS, part_files, write_shards
 from lc_spark.tables import FILE
 
@@ -51,7 +53,7 @@ def raw_df(spark: SparkSession, rows: int = 3000) -> DataFrame:
         F.concat_ws("|", n % 3, n % 4).alias("tags"),
         F.when(n % 10 == 0, None).otherwise(n % 90).cast("smallint").alias("age"),
         F.when(n % 9 == 0, float("nan")).when(n % 8 != 0, n / 7).alias("price"),
-        (n + 2**53 + 1).alias("big"),
+        ((n % 1000 + 1) * 2**53 + 1).alias("big"),
     )
 
 
@@ -163,3 +165,35 @@ def test_only_texts_and_numbers_of_rows_with_places_are_direct(
     assert changed == {"page", "slots", "big"}
     through_df = tables.read(spark, config, "raw")
     assert direct_fields(through_df, infos) == []
+
+
+def test_moments_of_numbers_are_those_of_sparks_aggregates(
+    spark: SparkSession, make_config: ConfigMaker
+) -> None:
+    n = F.col("id")
+    odd_df = spark.range(1000).select(
+        n.alias("row_id"),
+        F.lit(datetime.date(2024, 1, 1)).alias("date"),
+        F.when(n % 5 == 0, float("inf")).when(n % 7 == 0, float("nan")).otherwise(n).alias("wide"),
+        F.when(n % 3 > 0, 1e9 + n / 1000).cast("float").alias("close"),  # far from 0 for its sd
+        F.when(n == 500, n).cast("int").alias("once"),
+        F.lit(None).cast("double").alias("gone"),
+        F.when(n % 2 == 0, float("-inf")).alias("endless"),
+        (n * 2**52 + 1).alias("huge"),
+    )
+    names = ["wide", "close", "once", "gone", "endless", "huge"]
+    config = make_config({"fields": [{"name": n, "kind": "continuous"} for n in names]})
+    direct_df = stored(spark, config, odd_df)
+    types = column_types(direct_df, config.fields)
+    direct = summary(direct_df, config.fields, types)
+    through = summary(direct_df.drop(FILE), config.fields, types)
+    assert set(direct) == set(through)
+    for what, value in through.items():
+        found = direct[what]
+        assert found is None if value is None else found == pytest.approx(value, rel=1e-9), what
+    assert (direct["rows"], direct["present once"], direct["sd once"]) == (1000, 1, 0.0)
+    assert (direct["present endless"], direct["min endless"], direct["mean gone"]) == (
+        500,
+        None,
+        None,
+    )

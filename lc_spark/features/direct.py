@@ -137,7 +137,8 @@ def taken(column: pa.Array, rows: NDArray[np.int64]) -> pa.Array:
     return column.take(pa.array(rows))
 
 
-def _numbers(column: pa.Array) -> pa.Array:
+def numbers(column: pa.Array) -> pa.Array:
+    """Return a column of numbers as float64."""
     return column.cast(pa.float64(), safe=False)  # as Spark casts a long that a double cannot hold
 
 
@@ -160,7 +161,7 @@ class Preparer:
         for info in self.infos:
             column = piece.group.columns[info.column]
             if info.kind != "categorical":
-                prepared[info.name] = _numbers(taken(column, piece.rows))
+                prepared[info.name] = numbers(taken(column, piece.rows))
                 continue
             if info.column not in self.hashes:
                 self.hashes[info.column] = hash_texts(column.dictionary)

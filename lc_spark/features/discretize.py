@@ -8,6 +8,8 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from lc_spark.errors import LcSparkError
+from lc_spark.features.direct import direct_fields
+from lc_spark.features.moments import moments
 from lc_spark.features.prepare import FLOATS, number_column
 from lc_spark.field_kinds import AnyField, Bucketed, Categorical, Continuous, Multivalued
 from lc_spark.field_map import FieldInfo
@@ -19,14 +21,23 @@ SAMPLE_ROWS = 1_000_000  # rows that quantiles are computed on; their error is t
 def summary(
     train_df: DataFrame, fields: Sequence[AnyField], types: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return, from one pass, what there is to know of the rows before any value is counted.
+    """Return what there is to know of the rows before any value is counted.
 
     rows; "min x", "max x", "mean x", "sd x" (over finite values) and "present x" of each numeric
     field x; "fraction x" of each field of values over fractional numbers: one that is not whole,
     or None.
     """
     wanted: list[Column] = [F.count("*").alias("rows")]
+    number_fields = [f for f in fields if isinstance(f, Bucketed | Continuous)]
+    infos = [
+        FieldInfo(f.name, f.kind, 2, column=f.column, column_type=types[f.column])
+        for f in number_fields
+    ]
+    here = direct_fields(train_df, infos)
+    names = {info.name for info in here}
     for field in fields:
+        if field.name in names:
+            continue
         if isinstance(field, Bucketed | Continuous):
             finite = _finite_column(field.column)
             wanted += [
@@ -48,7 +59,7 @@ def summary(
             wanted.append(F.max(number).alias(f"fraction {field.name}"))
     row = train_df.select(*wanted).first()
     assert row is not None, "an aggregate has a row"
-    return row.asDict()
+    return {**row.asDict(), **moments(train_df, here)}
 
 
 def fit_numeric(
