@@ -113,6 +113,16 @@ def _lr_by_torch(
     valid_losses = dict(result.pop("valid_losses"))
     for l2, loss in valid_losses.items():
         log.info("train_lr: l2 %g: validation log loss %.5f", l2, loss)
+    before, *_, after = result["loss_history"]
+    if after > before:
+        log.warning(
+            "train_lr: the objective grew from %.5f to %.5f: the steps are too long for a row with "
+            "%d fields. Lower lr.learning_rate (%g).",
+            before,
+            after,
+            len(field_map.fields),
+            config.lr.learning_rate,
+        )
     made = {**result, "valid_logloss_by_l2": valid_losses, "unfit": unfit}
     return made, spark.read.parquet(files.uri(config.run_path / WEIGHTS_FILE))
 

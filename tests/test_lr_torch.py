@@ -399,3 +399,18 @@ def test_the_pipeline_by_torch_gives_what_mllibs_gives(
         min(by_mllib["valid_logloss_by_l2"].values()), abs=0.005
     )
     assert noted["l2"] == by_mllib["l2"]
+
+
+@pytest.mark.slow
+def test_steps_that_are_too_long_are_told(
+    spark: SparkSession, flights: tuple[Config, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, made = flights
+    assert made["train_lr"]["loss_history"][-1] < made["train_lr"]["loss_history"][0]
+    long = config.lr.model_copy(update={"learning_rate": 1000.0})
+    with caplog.at_level(logging.WARNING, "lc_spark"):
+        worse = pipeline.run_stage("train_lr", spark, config.model_copy(update={"lr": long}))
+    before, after = worse["loss_history"][0], worse["loss_history"][-1]
+    assert after > before
+    assert f"the objective grew from {before:.5f} to {after:.5f}" in caplog.text
+    assert "Lower lr.learning_rate (1000)" in caplog.text
