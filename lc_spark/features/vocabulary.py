@@ -53,9 +53,12 @@ def count_values(
             held.add(*found)
         yield from held.give()
 
-    # Few tasks: the more rows one counts, the fewer values are passed on by several.
-    n_tasks = 2 * train_df.sparkSession.sparkContext.defaultParallelism
-    return train_df.select(*columns).coalesce(n_tasks).mapInArrow(counted, BUNDLES)
+    return _in_few_tasks(train_df.select(*columns)).mapInArrow(counted, BUNDLES)
+
+
+def _in_few_tasks(df: DataFrame) -> DataFrame:
+    """Coalesce: the more rows a task counts, the fewer values are passed on by several."""
+    return df.coalesce(2 * df.sparkSession.sparkContext.defaultParallelism)
 
 
 def _flat_or_missing(lists: pa.Array) -> pa.Array:
@@ -100,5 +103,4 @@ def count_indices(
             yield from held.relieve()
         yield from held.give()
 
-    n_tasks = 2 * train_df.sparkSession.sparkContext.defaultParallelism
-    return train_df.select(*columns).coalesce(n_tasks).mapInArrow(counted, BUNDLES)
+    return _in_few_tasks(train_df.select(*columns)).mapInArrow(counted, BUNDLES)

@@ -21,10 +21,7 @@ import psutil
 HERE = Path(__file__).parent
 LOG = "workspace/bench/appdata"  # a tenth of the paper's AppData
 ALL = "data/appdata"
-LOGS = {
-    "features": (LOG, "1000000"),
-    "indexer": (ALL, "11035501"),
-}  # what is made, of how many rows
+LOGS = {"features": (LOG, "1000000"), "indexer": (ALL, "11035501")}  # section -> log, its rows
 # Name -> the commands of a section, each beginning with what the program `python` is given.
 SECTIONS = {
     "features": [f"tests/benchmarks/features.py {LOG}"],
