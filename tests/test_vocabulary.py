@@ -261,6 +261,15 @@ def test_fractions_are_refused_before_anything_is_counted(train_df: DataFrame) -
         fit_features(df, fields_of(SETTINGS[8:9]), seed=0)
 
 
+def test_crosses_and_their_parents_are_fitted_alone_as_beside_numbers(
+    train_df: DataFrame, levels: Mapping[str, list[tuple[int, str, int]]]
+) -> None:
+    alone = levels_of(fit_features(train_df, fields_of(SETTINGS[:3]), seed=0))
+    for name in ("origin", "dest", "origin_x_dest"):
+        found = [(r["index"], r["value"], r["count"]) for r in alone if r["field"] == name]
+        assert found == levels[name]
+
+
 def test_two_values_of_one_hash_are_an_error_that_names_both(spark: SparkSession) -> None:
     # xxhash64 is no cryptographic hash: the second half of a 16-byte text can be solved for.
     pair = ("campaign-2013-01", "adgr9960ϓEoφJ%")

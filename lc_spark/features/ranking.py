@@ -74,6 +74,8 @@ def rank(
 
 def counts_by_index(keys_df: DataFrame, sizes: Mapping[str, int]) -> dict[str, NDArray[np.int64]]:
     """Return the rows of each index [size] of fields whose keys are their indices."""
+    if not sizes:
+        return {}
     added_df = add_up(keys_df, dict.fromkeys(sizes, 1), recent=False)
     sums, kept = read_sums(added_df, sizes), read_kept(added_df)
     added_df.unpersist()
