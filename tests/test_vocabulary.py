@@ -14,9 +14,9 @@ from pyspark.sql import functions as F
 
 from lc_spark.encoder import encode
 from lc_spark.errors import LcSparkError
+from lc_spark.features import counts, memory
 from lc_spark.features import levels as level_names
-from lc_spark.features import memory
-from lc_spark.features.counts import bundled
+from lc_spark.features.counts import BUCKETS, bundled
 from lc_spark.features.fit import Fitted, fit_features
 from lc_spark.features.ranking import rank, to_vocabulary
 from lc_spark.features.vocabulary import count_values
@@ -229,11 +229,13 @@ def test_train_rows_encode_to_the_indices_of_their_levels(
     assert encoded[field].tolist() == indices
 
 
-def test_the_partitioning_changes_nothing(
+def test_neither_partitions_nor_buckets_change_anything(
     train_df: DataFrame,
     fitted: Fitted,
     levels: Mapping[str, list[tuple[int, str, int]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(counts, "BUCKET_CELLS", 1)
     shuffled = fit_features(train_df.repartition(4, "tags"), fields_of(SETTINGS), seed=0)
     assert shuffled.field_map.fingerprint == fitted.field_map.fingerprint
     assert shuffled.vocabulary.to_arrow().equals(fitted.vocabulary.to_arrow())
@@ -278,7 +280,7 @@ def test_two_values_of_one_hash_are_an_error_that_names_both(spark: SparkSession
     rows = [(pair[0],), (pair[1],), ("other",), (None,)]
     df = spark.createDataFrame(rows, "campaign string")
     with pytest.raises(LcSparkError, match="same 64-bit hash") as error:
-        rank(count_values(df, [info]), {"campaign": 1})
+        rank(count_values(df, [info], BUCKETS), {"campaign": 1})
     assert "Field 'campaign'" in str(error.value)
     assert all(repr(value) in str(error.value) for value in pair)
 
@@ -293,11 +295,11 @@ TEXT = 8
 def counts_df(spark: SparkSession) -> DataFrame:
     """Counts of USERS and ITEMS, by two tasks, and of rare and missing values."""
     rows = [(name, None, 9) for name in CUTS] + [(name, "rare", 1) for name in CUTS]
-    for name, counts in {"user": USERS, "item": ITEMS}.items():
-        rows += [(name, value, part) for value, n in counts.items() for part in (1, n - 1)]
+    for name, values in {"user": USERS, "item": ITEMS}.items():
+        rows += [(name, value, part) for value, n in values.items() for part in (1, n - 1)]
     rows_df = spark.createDataFrame(rows, "field string, value string, count long")
     hashed = F.when(F.col("value").isNotNull(), F.xxhash64("value")).alias("hash")
-    return bundled(rows_df.select("*", hashed)).persist()
+    return bundled(rows_df.select("*", hashed), BUCKETS).persist()
 
 
 def test_kept_values_are_in_the_order_of_their_counts(counts_df: DataFrame) -> None:
@@ -335,7 +337,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused_before_it_is_collected(
 def test_keys_that_do_not_fit_beside_the_values_are_refused(spark: SparkSession) -> None:
     each = memory.bytes_a_value(2)
     rows = [("cross", key or None, 1 + key) for key in range(21)]  # 0: all parents missing
-    keys_df = bundled(spark.createDataFrame(rows, "field string, hash long, count long"))
+    keys_df = bundled(spark.createDataFrame(rows, "field string, hash long, count long"), BUCKETS)
     ranked = rank(keys_df, {"cross": 2}, held=200, free=220 * each)["cross"]
     assert ranked.hashes.tolist() == list(range(20, 0, -1))
     assert (ranked.values, ranked.missing, ranked.other) == (None, 1, 0)

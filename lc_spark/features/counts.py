@@ -14,17 +14,23 @@ from pyspark.sql import DataFrame
 from lc_spark.hashing import hash_texts
 
 HELD_COUNTS = 8_000_000  # values that a task holds: some 0.5 GB when it sends them on
-BUCKETS = 64
+BUCKETS = 64  # at least
+BUCKET_CELLS = 2**24  # an Arrow table holds 2 GB of texts: 128 bytes a cell, were all to differ
 BUNDLES = "bucket int, bundle binary"
 Batches = Iterable[pa.RecordBatch]
+
+
+def buckets_for(cells: int) -> int:
+    """Return how many buckets the values of so many cells, rows times fields, are to have."""
+    return max(BUCKETS, -(-cells // BUCKET_CELLS))
 
 
 class Counts:
     """Counts by field of what one task has met, be it texts or keys."""
 
-    def __init__(self, column: str) -> None:
-        """Take the name that bundles give to the counts."""
-        self.column = column
+    def __init__(self, column: str, buckets: int) -> None:
+        """Take the name that bundles give to the counts, and the number of buckets."""
+        self.column, self.buckets = column, buckets
         self.parts: dict[str, list[pa.Table]] = {}
         self.size = 0  # values held, those that are in several parts as often
 
@@ -56,17 +62,18 @@ class Counts:
             tables.append(pa.table(columns))
         self.parts, self.size = {}, 0
         if tables:
-            yield from _bundles(pa.concat_tables(tables))
+            yield from _bundles(pa.concat_tables(tables), self.buckets)
 
 
-def bundled(df: DataFrame) -> DataFrame:
-    """Return rows of (field string, hash long, ...) as bundles."""
+def bundled(df: DataFrame, buckets: int) -> DataFrame:
+    """Return rows of (field string, hash long, ...) as bundles of so many buckets."""
 
     def passed_on(batches: Batches) -> Batches:
         for batch in batches:
             table = pa.Table.from_batches([batch])
             field = pc.dictionary_encode(table["field"])
-            yield from _bundles(table.set_column(table.column_names.index("field"), "field", field))
+            table = table.set_column(table.column_names.index("field"), "field", field)
+            yield from _bundles(table, buckets)
 
     return df.mapInArrow(passed_on, BUNDLES)
 
@@ -86,13 +93,14 @@ def to_bytes(table: pa.Table) -> bytes:
     return content
 
 
-def _bundles(table: pa.Table) -> Iterator[pa.RecordBatch]:
+def _bundles(table: pa.Table, n_buckets: int) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a table bucket by bucket, as rows of BUNDLES; what is missing is in 0."""
     hashes = pc.fill_null(table["hash"], 0).to_numpy()
-    buckets = (hashes.view(np.uint64) % np.uint64(BUCKETS)).astype(np.uint8)
+    buckets = hashes.view(np.uint64) % np.uint64(n_buckets)
+    buckets = buckets.astype(np.min_scalar_type(n_buckets))  # of 16 bits: a radix sort
     order = np.argsort(buckets, kind="stable")
     ordered = table.unify_dictionaries().combine_chunks().take(pa.array(order))
-    ends = np.cumsum(np.bincount(buckets, minlength=BUCKETS)).tolist()
+    ends = np.cumsum(np.bincount(buckets)).tolist()
     for bucket, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         if first < last:
             content = to_bytes(ordered.slice(first, last - first))

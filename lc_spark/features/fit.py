@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from lc_spark.encoder import Vocabulary
 from lc_spark.errors import LcSparkError
-from lc_spark.features.counts import bundled
+from lc_spark.features.counts import buckets_for, bundled
 from lc_spark.features.discretize import fit_numeric, refuse_fractions, summary
 from lc_spark.features.levels import Levels
 from lc_spark.features.prepare import column_types
@@ -47,6 +47,17 @@ class Grown:
     levels_df: DataFrame
 
 
+@dataclasses.dataclass(frozen=True)
+class _Counting:
+    """Which values are counted, and when one gets an index; as given to fit_features."""
+
+    train_df: DataFrame
+    cuts: Mapping[str, int]  # min_count by field
+    buckets: int
+    old: Grown | None
+    recent_df: DataFrame | None
+
+
 def fit_features(
     train_df: DataFrame,
     fields: Sequence[AnyField],
@@ -79,14 +90,12 @@ def fit_features(
     else:
         numeric = [old.field_map[f.name] for f in numbers]
     cuts = {f.name: f.min_count for f in fields if not isinstance(f, Bucketed | Continuous)}
-    texts = [_text_info(f, types) for f in valued]
-    values, words, texts = _fit_values(train_df, texts, cuts, old, recent_df)
+    counting = _Counting(train_df, cuts, buckets_for(found["rows"] * len(cuts)), old, recent_df)
+    values, words, texts = _fit_values(counting, [_text_info(f, types) for f in valued])
     by_name = {info.name: info for info in (*numeric, *texts)}
     base = FieldMap(tuple(by_name[f.name] for f in fields if f.name in by_name))
     crosses = [_cross_info(f) for f in fields if isinstance(f, Crossed)]
-    keys, key_words, counts, crosses = _fit_crosses(
-        train_df, crosses, base, words, cuts, old, recent_df
-    )
+    keys, key_words, counts, crosses = _fit_crosses(counting, crosses, base, words)
     for info in numeric:
         if info.kind == "continuous":
             present = found[f"present {info.name}"]
@@ -98,33 +107,23 @@ def fit_features(
 
 
 def _fit_values(
-    train_df: DataFrame,
-    infos: list[FieldInfo],
-    cuts: Mapping[str, int],
-    old: Grown | None,
-    recent_df: DataFrame | None,
+    counting: _Counting, infos: list[FieldInfo]
 ) -> tuple[dict[str, Ranked], Vocabulary, list[FieldInfo]]:
     """Fit categorical and multivalued fields: ranked values, vocabulary, infos with sizes."""
     counted = [info for info in infos if info.hashed is None]
     if not counted:
         return {}, Vocabulary({}), infos
-    given = _given(old, counted)
-    if recent_df is not None:
-        given = Given(seen_df=count_values(recent_df, counted, "seen"))
-    value_cuts = {info.name: cuts[info.name] for info in counted}
-    ranked = rank(count_values(train_df, counted), value_cuts, given)
+    buckets, given = counting.buckets, _given(counting, counted)
+    if counting.recent_df is not None:
+        given = Given(seen_df=count_values(counting.recent_df, counted, buckets, "seen"))
+    cuts = {info.name: counting.cuts[info.name] for info in counted}
+    ranked = rank(count_values(counting.train_df, counted, buckets), cuts, given)
     words = to_vocabulary(ranked)
     return ranked, words, _sized(infos, ranked, words)
 
 
 def _fit_crosses(
-    train_df: DataFrame,
-    infos: list[FieldInfo],
-    base: FieldMap,
-    words: Vocabulary,
-    cuts: Mapping[str, int],
-    old: Grown | None,
-    recent_df: DataFrame | None,
+    counting: _Counting, infos: list[FieldInfo], base: FieldMap, words: Vocabulary
 ) -> tuple[dict[str, Ranked], Vocabulary, dict[str, NDArray[np.int64]], list[FieldInfo]]:
     """Fit crosses: ranked keys and their vocabulary, counts of the indices of fields without one,
     infos with sizes.
@@ -136,13 +135,14 @@ def _fit_crosses(
     plain = [i for i in counted_map.fields if i.kind == "bucketed" or i.hashed is not None]
     if not plain and not ranked:
         return {}, Vocabulary({}), {}, infos
-    keys_df = count_indices(train_df, counted_map, words, ranked).persist(StorageLevel.DISK_ONLY)
-    given = _given(old, ranked, base)
-    if recent_df is not None:
-        given = Given(seen_df=count_indices(recent_df, counted_map, words, ranked, "seen"))
-    cross_cuts = {info.name: cuts[info.name] for info in ranked}
+    asked = (counted_map, words, ranked, counting.buckets)
+    keys_df = count_indices(counting.train_df, *asked).persist(StorageLevel.DISK_ONLY)
+    given = _given(counting, ranked, base)
+    if counting.recent_df is not None:
+        given = Given(seen_df=count_indices(counting.recent_df, *asked, "seen"))
+    cuts = {info.name: counting.cuts[info.name] for info in ranked}
     held = sum(len(hashes) for hashes, _ in words.entries.values())
-    keys = rank(keys_df, cross_cuts, given, held)
+    keys = rank(keys_df, cuts, given, held)
     counts = counts_by_index(keys_df, {info.name: info.size for info in plain})
     keys_df.unpersist()
     key_words = to_vocabulary(keys)
@@ -167,11 +167,12 @@ def _check_same(fields: Sequence[AnyField], old_map: FieldMap) -> None:
         )
 
 
-def _given(old: Grown | None, infos: Sequence[FieldInfo], base: FieldMap | None = None) -> Given:
+def _given(counting: _Counting, infos: Sequence[FieldInfo], base: FieldMap | None = None) -> Given:
     """Return the indices that an old fit gave to fields; of crosses, by the keys in the new base.
 
     A cross key is made of its parents' indices with their sizes as radices, which have grown.
     """
+    old = counting.old
     if old is None or not infos:
         return FRESH
     names = [info.name for info in infos]
@@ -183,7 +184,8 @@ def _given(old: Grown | None, infos: Sequence[FieldInfo], base: FieldMap | None 
         ]
         known_df = known_df.withColumn("hash", F.coalesce(*keys))
     texts = ["value"] if base is None else []
-    return Given(bundled(known_df.select("field", F.col("index").alias("known"), "hash", *texts)))
+    known_df = known_df.select("field", F.col("index").alias("known"), "hash", *texts)
+    return Given(bundled(known_df, counting.buckets))
 
 
 def _new_key(info: FieldInfo, old_map: FieldMap, base: FieldMap) -> Column:

@@ -19,12 +19,12 @@ Batches = Iterable[pa.RecordBatch]
 
 
 def count_values(
-    train_df: DataFrame, infos: Sequence[FieldInfo], column: str = "count"
+    train_df: DataFrame, infos: Sequence[FieldInfo], buckets: int, column: str = "count"
 ) -> DataFrame:
     """Count the values of categorical and multivalued fields.
 
-    Returns bundles (counts.py) with the counts in a column of that name: a distinct value once for
-    each task, or more often where a task meets very many of them.
+    Returns bundles (counts.py), of so many buckets, with the counts in a column of that name: a
+    distinct value once for each task, or more often where a task meets very many of them.
     """
     directly = direct_fields(train_df, infos)
     others = [info for info in infos if info not in directly]
@@ -38,7 +38,7 @@ def count_values(
     columns += [F.col(FILE), F.col(ROW)] if directly else []
 
     def counted(batches: Batches) -> Batches:
-        held, tally = Counts(column), Tally(directly)
+        held, tally = Counts(column, buckets), Tally(directly)
         for piece in pieces(batches, directly):
             for info in others:
                 values = piece.batch.column(info.name)
@@ -74,6 +74,7 @@ def count_indices(
     base: FieldMap,
     vocabulary: Vocabulary,
     crosses: Sequence[FieldInfo],
+    buckets: int,
     column: str = "count",
 ) -> DataFrame:
     """Count the cross keys of crosses, and the indices of bucketed and hashed fields of base.
@@ -90,7 +91,7 @@ def count_indices(
 
     def counted(batches: Batches) -> Batches:
         field_map, words = shared.value
-        held = Counts(column)
+        held = Counts(column, buckets)
         for batch in batches:
             arrays = dict(zip(batch.schema.names, batch.columns, strict=True))
             encoded = encode(arrays, field_map, words)
