@@ -168,7 +168,9 @@ def _time_stages(
     for share in shares:
         part_df = sample_df if share == 1 else sample_df.sample(share, there.seed)
         started = time.perf_counter()
-        part_df.write.mode("overwrite").parquet(raw)
+        # In few files: a task does much once for each, and the day of a real log is in few too.
+        few_df = part_df.coalesce(spark.sparkContext.defaultParallelism)
+        few_df.write.mode("overwrite").parquet(raw)
         seconds = time.perf_counter() - started
         raw_df = tables.with_places(spark.read.parquet(raw))
         n = raw_df.count()

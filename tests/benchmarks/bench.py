@@ -21,7 +21,17 @@ import psutil
 HERE = Path(__file__).parent
 LOG = "workspace/bench/appdata"  # a tenth of the paper's AppData
 ALL = "data/appdata"
-LOGS = {"features": (LOG, "1000000"), "indexer": (ALL, "11035501")}  # section -> log, its rows
+RUN = "workspace/appdata"
+ALL_MADE = (ALL, f"synth appdata {ALL} --seed 1")
+# Section -> what it needs, and the command of lc-spark that makes it.
+NEEDED = {
+    "features": [(LOG, f"synth appdata {LOG} --rows 1000000 --seed 1")],
+    "indexer": [ALL_MADE],
+    "growth": [
+        ALL_MADE,
+        (f"{RUN}/stages/gate.json", "run conf/appdata.yaml --set training.precision=bfloat16"),
+    ],
+}
 # Name -> the commands of a section, each beginning with what the program `python` is given.
 SECTIONS = {
     "features": [f"tests/benchmarks/features.py {LOG}"],
@@ -47,8 +57,10 @@ SECTIONS = {
         "tests/benchmarks/large_d.py --d 1000000000 --steps 100",
     ],
     "growth": [
-        "tests/benchmarks/growth.py rows 500000 1000000 2000000 4000000",
-        "tests/benchmarks/growth.py fields 40 158 632 --rows 100000",
+        "tests/benchmarks/growth.py rows 1000000 2000000 4000000 "
+        f"--set training.precision=bfloat16 --and {RUN}",
+        "tests/benchmarks/growth.py fields 40 158 632 --rows 100000 "
+        "--set training.precision=bfloat16",
     ],
     "optimizer": [
         "tests/benchmarks/m1_optimizer.py conf/synthetic.yaml --channels 1",
@@ -107,11 +119,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results.md")
     arguments = parser.parse_args()
     pages = sections(arguments.output)
-    for name, (log, rows) in LOGS.items():
-        if name in arguments.only and not Path(log).exists():
-            synth = ["synth", "appdata", log, "--rows", rows, "--seed", "1"]
+    for path, command in (need for name in arguments.only for need in NEEDED.get(name, [])):
+        if not Path(path).exists():
             code = "from lc_spark.cli import main; main()"
-            subprocess.run([sys.executable, "-c", code, *synth], check=True)
+            subprocess.run([sys.executable, "-c", code, *shlex.split(command)], check=True)
     for name in arguments.only:
         pages[name] = "\n".join(printed(command) for command in SECTIONS[name])
         body = "\n".join(f"## {n}\n\n{pages[n]}" for n in SECTIONS if n in pages)
