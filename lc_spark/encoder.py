@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from lc_spark import files
 from lc_spark.field_map import MISSING, OUT_OF_VOCABULARY, PADDING, FieldInfo, FieldMap
 from lc_spark.files import AnyPath
+from lc_spark.hashing import mix
 
 MANY_ROWS = 4096  # looked up at once, from which on a hash table of the vocabulary pays
 
@@ -211,13 +212,5 @@ def _encode_cross(
     else:  # by the indices alone: the sizes of the parents may grow
         keys = np.zeros(len(missing), np.int64)
         for parent in info.of:
-            keys = _mix(keys + encoded[parent])
+            keys = mix(keys + encoded[parent])
     return np.where(missing, MISSING, _indices_of(info, keys, vocabulary)).astype(np.int32)
-
-
-def _mix(keys: NDArray[Any]) -> NDArray[Any]:
-    """Spread int64 keys over all 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
-    z = keys.view(np.uint64).copy()
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).view(np.int64)

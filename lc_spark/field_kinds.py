@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 PositiveInt = Annotated[int, Field(gt=0)]
+Slots = Annotated[int, Field(gt=0, lt=2**31 - 1)]  # an index has 32 bits
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -39,7 +40,7 @@ class Categorical(ColumnField):
 
     kind: Literal["categorical"]
     min_count: PositiveInt = 2
-    hashed: PositiveInt | None = Field(None, description="fixed number of indices, no vocabulary")
+    hashed: Slots | None = Field(None, description="fixed number of indices, no vocabulary")
 
 
 class Multivalued(ColumnField):
@@ -49,7 +50,7 @@ class Multivalued(ColumnField):
     delimiter: str | None = Field(None, min_length=1)
     max_values: PositiveInt = Field(16, description="values kept a row, the most frequent first")
     min_count: PositiveInt = 2
-    hashed: PositiveInt | None = Field(None, description="fixed number of indices, no vocabulary")
+    hashed: Slots | None = Field(None, description="fixed number of indices, no vocabulary")
 
 
 class Bucketed(ColumnField):
@@ -82,7 +83,7 @@ class Crossed(FieldBase):
     kind: Literal["crossed"]
     of: Annotated[tuple[str, ...], Field(min_length=2)]
     min_count: PositiveInt = 5
-    hashed: PositiveInt | None = Field(None, description="fixed number of indices, no vocabulary")
+    hashed: Slots | None = Field(None, description="fixed number of indices, no vocabulary")
 
     @model_validator(mode="before")
     @classmethod

@@ -31,6 +31,14 @@ P1, P2, P3, P4, P5 = (
 Words = NDArray[np.uint64]
 
 
+def mix(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Spread int64 keys over all 64 bits (the finaliser of splitmix64, Steele et al. 2014)."""
+    z = keys.view(np.uint64).copy()
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))).view(np.int64)
+
+
 def hash_text(text: str) -> int | None:
     """Return Spark's xxhash64 of a string, as signed 64 bits; None for the empty string."""
     return _hash_bytes(text.encode(errors="replace"))

@@ -15,6 +15,7 @@ from pyspark.sql import SparkSession
 from lc_spark import failures
 from lc_spark.config import Config, Spark
 from lc_spark.errors import LcSparkError
+from lc_spark.field_kinds import Multivalued
 
 OLDEST_JAVA = 17
 LEAST_MEMORY = 450  # MiB of heap, below which Spark does not start
@@ -59,7 +60,8 @@ def start(config: Config) -> SparkSession:
     """Return the session of a config: as ``start_for`` does, a local one with a core a rank."""
     spark = start_for(config.name, config.spark, config.most_ranks)
     if spark.conf.get(BATCH_ROWS) == SETTINGS[BATCH_ROWS]:  # and nobody's own choice
-        rows = min(int(SETTINGS[BATCH_ROWS]), MOST_CELLS // len(config.fields))
+        width = sum(f.max_values if isinstance(f, Multivalued) else 1 for f in config.fields)
+        rows = min(int(SETTINGS[BATCH_ROWS]), MOST_CELLS // width)
         spark.conf.set(BATCH_ROWS, max(rows, LEAST_ROWS))
     return spark
 

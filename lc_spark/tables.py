@@ -2,7 +2,6 @@
 
 import datetime
 from typing import Literal
-from urllib.parse import unquote
 
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
@@ -113,7 +112,7 @@ def read_with_places(
     table_df = read(spark, config, name, version)
     detail = DeltaTable.forPath(spark, path_of(config, name)).detail().select("properties").first()
     assert detail is not None, "a table has a detail"
-    places = sorted(unquote(file) for file in table_df.inputFiles())
+    places = sorted(table_df.inputFiles())
     if READ_BY_DELTA & set(detail["properties"]) or any(GLOB & set(place) for place in places):
         return table_df
     reader = spark.read.schema(table_df.schema).option("basePath", path_of(config, name))

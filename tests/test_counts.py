@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pytest
+from pyspark.sql import SparkSession
 
 from lc_spark.features import counts
-from lc_spark.features.counts import BUCKETS, Counts, buckets_for, unbundled
-from lc_spark.hashing import hash_text
+from lc_spark.features.counts import BUCKETS, Counts, buckets_for, bundled, unbundled
+from lc_spark.hashing import hash_text, mix
 
 WORDS = [*(f"word {n}" for n in range(100)), None, None]
 
@@ -16,6 +18,10 @@ WORDS = [*(f"word {n}" for n in range(100)), None, None]
 def add(held: Counts, name: str, values: Sequence[str | int | None]) -> None:
     kind = pa.string() if isinstance(values[0], str) else pa.int64()
     held.add(name, pa.array(values, kind), pa.array([1] * len(values)))
+
+
+def mixed(key: int) -> int:
+    return int(mix(np.array([key]))[0]) % 2**64
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def test_a_bundle_has_the_values_of_one_bucket_with_their_hashes(
     rows = []
     for bucket, batch in zip(buckets, bundles, strict=True):
         found = unbundled([batch["bundle"][0].as_py()]).to_pylist()
-        assert {(row["hash"] or 0) % 2**64 % 7 for row in found} == {bucket}
+        assert {mixed(row["hash"] or 0) % 7 for row in found} == {bucket}
         rows += found
     assert {row["seen"] for row in rows} == {1}
     assert [row["hash"] for row in rows if row["field"] == "second"] == hashes[:1]
@@ -65,8 +71,11 @@ def test_values_that_come_again_are_added_up_and_held(monkeypatch: pytest.Monkey
     assert len(rows) <= 1000
 
 
-def test_many_values_that_differ_are_sent_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counts, "HELD_COUNTS", 1000)
+@pytest.mark.parametrize(("limit", "most"), [("HELD_COUNTS", 1000), ("HELD_BYTES", 16 * 1000)])
+def test_many_values_that_differ_are_sent_on(
+    limit: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counts, limit, most)
     held = Counts("count", BUCKETS)
     sent = 0
     for part in range(20):
@@ -82,3 +91,18 @@ def test_a_bucket_of_a_large_log_is_a_table_that_arrow_can_hold() -> None:
     assert buckets_for(1000) == BUCKETS
     for cells in (158 * 11_035_501, 2311 * 110_229_536, 158 * 10**10):
         assert cells / buckets_for(cells) <= 2**31 / 128  # what a text may have
+
+
+def test_keys_of_any_size_are_spread_over_the_buckets(spark: SparkSession) -> None:
+    rows = [("cross", 128 * n + 1, n) for n in range(2000)]
+    df = bundled(spark.createDataFrame(rows, "field string, hash long, count long"), BUCKETS)
+    assert df.select("bucket").distinct().count() == BUCKETS
+
+
+def test_a_bundle_names_the_fields_of_its_own_rows() -> None:
+    held = Counts("count", 1000)
+    for n in range(200):
+        add(held, f"field {n}", [n])
+    for batch in held.give():
+        found = unbundled([batch["bundle"][0].as_py()])
+        assert len(found["field"].combine_chunks().dictionary) <= len(found)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ConfigMaker, levels_of
@@ -13,9 +14,10 @@ from pyspark.sql import functions as F
 
 from lc_spark import tables
 from lc_spark.config import Config
+from lc_spark.errors import LcSparkError
 from lc_spark.features.direct import direct_fields
 from lc_spark.features.discretize import summary
-from lc_spark.features.fit import Fitted, fit_features
+from lc_spark.features.fit import Fitted, Grown, fit_features
 from lc_spark.features.prepare import column_types
 from lc_spark.features.shards import SPLITS, part_files, write_shards
 from lc_spark.tables import FILE
@@ -87,6 +89,23 @@ def test_both_ways_learn_and_write_the_same(spark: SparkSession, make_config: Co
     assert sum(map(len, parts)) == 3000
 
 
+def test_texts_that_spark_hands_on_with_long_offsets_are_no_others(
+    spark: SparkSession, make_config: ConfigMaker
+) -> None:
+    config = make_config({"fields": FIELDS})
+    df = stored(spark, config, raw_df(spark, 300))
+    expected = fit_features(df, config.fields, 0)
+    levels_df = spark.createDataFrame(pa.Table.from_batches(expected.levels.batches()))
+    old = Grown(expected.field_map, levels_df)
+    spark.conf.set("spark.sql.execution.arrow.useLargeVarTypes", "true")
+    try:
+        found = fit_features(df, config.fields, 0)
+        grown = fit_features(df, config.fields, 0, old)
+    finally:
+        spark.conf.unset("spark.sql.execution.arrow.useLargeVarTypes")
+    assert levels_of(found) == levels_of(grown) == levels_of(expected)
+
+
 def test_row_groups_files_and_filters_are_put_together(
     spark: SparkSession, make_config: ConfigMaker
 ) -> None:
@@ -148,6 +167,29 @@ def test_delta_reads_what_it_alone_can(
     df = stored(spark, config, odd(raw_df(spark, 100)))
     assert FILE not in df.columns
     assert df.count() == 100
+
+
+def test_files_are_found_whatever_the_folder_is_called(
+    spark: SparkSession, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "50 %, 1%20 é #"
+    config = make_config({"fields": FIELDS[:1], "workspace": str(workspace)})
+    df = stored(spark, config, raw_df(spark, 100))
+    assert FILE in df.columns
+    assert df.count() == 100
+    assert len(levels_of(fit_features(df, config.fields, 0), "site")) > 20
+
+
+def test_numbers_without_a_mean_are_refused_with_their_range(
+    spark: SparkSession, make_config: ConfigMaker
+) -> None:
+    config = make_config({"fields": [FIELDS[6]]})
+    largest = F.when(F.col("row_id") == 5, 1.7e308).otherwise(F.col("price")).alias("price")
+    columns = [c if c != "price" else largest for c in raw_df(spark, 1).columns]
+    df = stored(spark, config, raw_df(spark, 100).select(*columns))
+    for way_df in (df, tables.read(spark, config, "raw")):
+        with pytest.raises(LcSparkError, match=r"'price'.*, 0\.\d+ to 1\.7e\+308, are too large"):
+            fit_features(way_df, config.fields, 0)
 
 
 def test_only_texts_and_numbers_of_rows_with_places_are_direct(

@@ -341,6 +341,7 @@ def test_keys_that_do_not_fit_beside_the_values_are_refused(spark: SparkSession)
     ranked = rank(keys_df, {"cross": 2}, held=200, free=220 * each)["cross"]
     assert ranked.hashes.tolist() == list(range(20, 0, -1))
     assert (ranked.values, ranked.missing, ranked.other) == (None, 1, 0)
+    assert rank(keys_df, {"cross": 99}, held=200, free=0)["cross"].other == 230  # none is kept
     with pytest.raises(LcSparkError, match="The vocabulary of 221 values"):
         rank(keys_df, {"cross": 2}, held=201, free=220 * each)
 

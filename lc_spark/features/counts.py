@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 
-from lc_spark.hashing import hash_texts
+from lc_spark.hashing import hash_texts, mix
 
-HELD_COUNTS = 8_000_000  # values that a task holds: some 0.5 GB when it sends them on
+# What a task holds, in values and in their bytes: up to 1 GB when it sends them on.
+HELD_COUNTS, HELD_BYTES = 8_000_000, 2**28
 BUCKETS = 64  # at least
-BUCKET_CELLS = 2**24  # an Arrow table holds 2 GB of texts: 128 bytes a cell, were all to differ
+BUCKET_CELLS = 2**23  # Spark hands on 1 GB at once: 128 bytes a cell, were all of them to differ
 BUNDLES = "bucket int, bundle binary"
 Batches = Iterable[pa.RecordBatch]
 
@@ -32,21 +33,29 @@ class Counts:
         """Take the name that bundles give to the counts, and the number of buckets."""
         self.column, self.buckets = column, buckets
         self.parts: dict[str, list[pa.Table]] = {}
-        self.size = 0  # values held, those that are in several parts as often
+        self.size, self.bytes = 0, 0  # of values held, those that are in several parts as often
 
     def add(self, name: str, values: pa.Array, counts: pa.Array) -> None:
         """Add counts [n] of texts or int64 keys [n]; null stands for missing."""
+        if not pa.types.is_integer(values.type):
+            values = values.cast(pa.string())  # Spark may have made it large_string
         part = pa.table([values, counts], ["value", "count"])
         self.parts.setdefault(name, []).append(part)
         self.size += part.num_rows
+        self.bytes += part.nbytes
 
     def relieve(self) -> Iterator[pa.RecordBatch]:
         """Add up what is held, if that is much, and yield it where most of it differs."""
-        if self.size > HELD_COUNTS:
+        if self._holds(1.0):
             self.parts = {name: [_added_up(parts)] for name, parts in self.parts.items()}
-            self.size = sum(part.num_rows for [part] in self.parts.values())
-            if self.size > HELD_COUNTS // 2:
+            held = [part for [part] in self.parts.values()]
+            self.size = sum(part.num_rows for part in held)
+            self.bytes = sum(part.nbytes for part in held)
+            if self._holds(0.5):
                 yield from self.give()
+
+    def _holds(self, share: float) -> bool:
+        return self.size > share * HELD_COUNTS or self.bytes > share * HELD_BYTES
 
     def give(self) -> Iterator[pa.RecordBatch]:
         """Yield all counts as bundles of (field, hash, counts, and value where it is a text)."""
@@ -60,7 +69,7 @@ class Counts:
                 columns |= {"hash": hash_texts(values), "value": values}
             columns["field"] = pc.dictionary_encode(columns["field"])
             tables.append(pa.table(columns))
-        self.parts, self.size = {}, 0
+        self.parts, self.size, self.bytes = {}, 0, 0
         if tables:
             yield from _bundles(pa.concat_tables(tables), self.buckets)
 
@@ -70,10 +79,12 @@ def bundled(df: DataFrame, buckets: int) -> DataFrame:
 
     def passed_on(batches: Batches) -> Batches:
         for batch in batches:
-            table = pa.Table.from_batches([batch])
-            field = pc.dictionary_encode(table["field"])
-            table = table.set_column(table.column_names.index("field"), "field", field)
-            yield from _bundles(table, buckets)
+            # Spark may have made texts large_string.
+            kinds = {"field": pa.string(), "value": pa.string()}
+            schema = pa.schema([f.with_type(kinds.get(f.name, f.type)) for f in batch.schema])
+            table = pa.Table.from_batches([batch]).cast(schema)
+            at, field = table.column_names.index("field"), pc.dictionary_encode(table["field"])
+            yield from _bundles(table.set_column(at, "field", field), buckets)
 
     return df.mapInArrow(passed_on, BUNDLES)
 
@@ -95,15 +106,21 @@ def to_bytes(table: pa.Table) -> bytes:
 
 def _bundles(table: pa.Table, n_buckets: int) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a table bucket by bucket, as rows of BUNDLES; what is missing is in 0."""
-    hashes = pc.fill_null(table["hash"], 0).to_numpy()
+    # Keys are made of sizes: unmixed, those of a cross may all leave one remainder.
+    hashes = mix(pc.fill_null(table["hash"], 0).to_numpy())
     buckets = hashes.view(np.uint64) % np.uint64(n_buckets)
     buckets = buckets.astype(np.min_scalar_type(n_buckets))  # of 16 bits: a radix sort
     order = np.argsort(buckets, kind="stable")
     ordered = table.unify_dictionaries().combine_chunks().take(pa.array(order))
+    at, field = ordered.column_names.index("field"), ordered["field"].combine_chunks()
     ends = np.cumsum(np.bincount(buckets)).tolist()
     for bucket, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         if first < last:
-            content = to_bytes(ordered.slice(first, last - first))
+            part = ordered.slice(first, last - first)
+            if len(part) < len(field.dictionary):  # names of its own fields alone: they take less
+                own = pc.dictionary_encode(part["field"].cast(pa.string()))
+                part = part.set_column(at, "field", own)
+            content = to_bytes(part)
             columns = [pa.array([bucket], pa.int32()), pa.array([content], pa.binary())]
             yield pa.RecordBatch.from_arrays(columns, names=["bucket", "bundle"])
 

@@ -83,6 +83,12 @@ def fit_numeric(
         )
         column_type = types[field.column]
         if isinstance(field, Continuous):
+            if not math.isfinite(sd or 0.0):
+                raise LcSparkError(
+                    f"Field '{field.name}': the values of column '{field.column}', {low:g} to "
+                    f"{high:g}, are too large for a mean and a deviation. If one of them stands "
+                    "for a missing value, make it null in the source."
+                )
             # Sums depend on the partitioning in their last digits, the fingerprint must not.
             infos.append(
                 FieldInfo(

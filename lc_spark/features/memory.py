@@ -39,7 +39,7 @@ def refuse_too_many(
     each += TEXTS * -(-texts // max(values, 1))
     free = psutil.virtual_memory().available if free is None else free
     most = free // each - held
-    if values <= most:
+    if not values or values <= most:
         return
     largest = sorted(counted, key=lambda name: (-counted[name], name))
     chosen: list[str] = []

@@ -78,5 +78,6 @@ def _together(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[n
     both[:, LOW] = np.minimum(one[:, LOW], other[:, LOW])
     both[:, HIGH] = np.maximum(one[:, HIGH], other[:, HIGH])
     both[:, MEAN] = one[:, MEAN] + apart * share
-    both[:, SQUARES] += apart**2 * one[:, N] * share
+    with np.errstate(over="ignore", invalid="ignore"):  # fit_numeric refuses what comes of it
+        both[:, SQUARES] += apart**2 * one[:, N] * share
     return both

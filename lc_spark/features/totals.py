@@ -1,6 +1,6 @@
 """Adds the counts of all tasks up, bucket by bucket, and brings what is kept to the driver."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,17 +49,26 @@ def add_up(bundles_df: DataFrame, min_counts: Mapping[str, int], recent: bool) -
 
 def read_sums(added_df: DataFrame, min_counts: Mapping[str, int]) -> dict[str, Sums]:
     """Return the sums by field; raises LcSparkError where two values share a hash."""
-    total = np.zeros((len(min_counts), SUMMED + len(MIN_COUNTS)), np.int64)
-    for row in added_df.select("sums", "field", "pair").collect():
-        if row["pair"] is not None:
-            pair = " and ".join(map(repr, row["pair"]))
-            raise LcSparkError(
-                f"Field '{row['field']}': {pair} have the same 64-bit hash. Change one of them in "
-                "the source (a prefix is enough)."
-            )
-        total += np.frombuffer(row["sums"], np.int64).reshape(total.shape)
+    width = SUMMED + len(MIN_COUNTS)
+    nothing = np.zeros(len(min_counts) * width, np.int64)
+
+    def of_task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            total = sum((np.frombuffer(s.as_buffer(), np.int64) for s in batch["sums"]), nothing)
+            yield pa.RecordBatch.from_pydict({"sums": pa.array([total.tobytes()], pa.binary())})
+
+    collided = added_df.where("pair IS NOT NULL").select("field", "pair").first()
+    if collided is not None:
+        pair = " and ".join(map(repr, collided["pair"]))
+        raise LcSparkError(
+            f"Field '{collided['field']}': {pair} have the same 64-bit hash. Change one of them in "
+            "the source (a prefix is enough)."
+        )
+    # Buckets may be many thousands: their sums come to the driver added up by tasks.
+    parts = added_df.select("sums").mapInArrow(of_task, "sums binary").collect()
+    total = sum((np.frombuffer(part["sums"], np.int64) for part in parts), nothing)
     sums = {}
-    for name, line in zip(min_counts, total.tolist(), strict=True):
+    for name, line in zip(min_counts, total.reshape(-1, width).tolist(), strict=True):
         missing, rows, kept, kept_rows, size, *often = line
         sums[name] = Sums(missing, rows, kept, kept_rows, size, tuple(often))
     return sums
@@ -75,7 +84,9 @@ def read_kept(added_df: DataFrame) -> pa.Table:
     if "value" in kept.column_names:  # 64-bit offsets: all texts together may pass 2 GB
         texts = kept["value"].cast(pa.large_string())
         kept = kept.set_column(kept.column_names.index("value"), "value", texts)
-    order = np.argsort(kept["field"].to_numpy().astype(np.uint16), kind="stable")  # a radix sort
+    fields = kept["field"].to_numpy()
+    small = np.min_scalar_type(fields.max(initial=0))  # of 16 bits: a radix sort
+    order = np.argsort(fields.astype(small), kind="stable")
     return kept.combine_chunks().take(pa.array(order))
 
 
@@ -155,4 +166,5 @@ def _collision(
     other = later[~same.to_numpy(zero_copy_only=False)]
     if not len(other):
         return None, None
-    return names[fields[other[0]]], [texts[other[0] - 1].as_py(), texts[other[0]].as_py()]
+    pair = texts.take(pa.array([other[0] - 1, other[0]])).cast(pa.binary())
+    return names[fields[other[0]]], [text.decode(errors="replace") for text in pair.to_pylist()]

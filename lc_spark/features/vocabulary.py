@@ -15,6 +15,7 @@ from lc_spark.features.prepare import prepared_column, texts_column
 from lc_spark.field_map import FieldInfo, FieldMap
 from lc_spark.tables import FILE, ROW
 
+BUCKETS_A_TASK = 128  # whose cells a task counts, at most: a billion
 Batches = Iterable[pa.RecordBatch]
 
 
@@ -48,17 +49,23 @@ def count_values(
                 held.add(info.name, counts.field("values"), counts.field("counts"))
             for found in tally.add(piece):
                 held.add(*found)
+                yield from held.relieve()
             yield from held.relieve()
         for found in tally.give():
             held.add(*found)
+            yield from held.relieve()
         yield from held.give()
 
-    return _in_few_tasks(train_df.select(*columns)).mapInArrow(counted, BUNDLES)
+    return _in_few_tasks(train_df.select(*columns), buckets).mapInArrow(counted, BUNDLES)
 
 
-def _in_few_tasks(df: DataFrame) -> DataFrame:
-    """Coalesce: the more rows a task counts, the fewer values are passed on by several."""
-    return df.coalesce(2 * df.sparkSession.sparkContext.defaultParallelism)
+def _in_few_tasks(df: DataFrame, buckets: int) -> DataFrame:
+    """Coalesce: the more rows a task counts, the fewer values are passed on by several.
+
+    A cluster that grows as it is asked to may have few cores yet: then by what there is to count.
+    """
+    cores = df.sparkSession.sparkContext.defaultParallelism
+    return df.coalesce(max(2 * cores, buckets // BUCKETS_A_TASK))
 
 
 def _flat_or_missing(lists: pa.Array) -> pa.Array:
@@ -104,4 +111,4 @@ def count_indices(
             yield from held.relieve()
         yield from held.give()
 
-    return _in_few_tasks(train_df.select(*columns)).mapInArrow(counted, BUNDLES)
+    return _in_few_tasks(train_df.select(*columns), buckets).mapInArrow(counted, BUNDLES)
