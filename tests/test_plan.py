@@ -344,6 +344,20 @@ def test_seconds_grow_with_rows_epochs_and_fits(make_config: ConfigMaker) -> Non
     assert dataclasses.replace(plan, trial=more).seconds()["features"] > seconds["features"]
 
 
+@pytest.mark.parametrize(
+    ("small", "large", "at_10"),
+    [((1.0, 100), (3.0, 200), 0.15), ((2.0, 100), (3.0, 200), 1.1), ((3.0, 100), (2.0, 200), 2.0),
+     ((2.0, 100), (2.3, 100), 2.3)],
+)  # fmt: skip
+def test_a_line_has_no_negative_part_and_needs_two_sizes(
+    small: tuple[float, int], large: tuple[float, int], at_10: float
+) -> None:
+    line = trial.line_through(*small, *large)
+    assert line.at(large[1]) == pytest.approx(large[0])
+    assert line.at(10) == pytest.approx(at_10)
+    assert min(line.fixed, line.a_row) >= 0
+
+
 def test_what_would_end_or_slow_a_run_is_remarked(make_config: ConfigMaker) -> None:
     plan = made_plan(make_config, 10_000, 16e9)
     assert plan_tables.remarks(plan) == []
