@@ -57,7 +57,7 @@ SECTIONS = {
         "tests/benchmarks/large_d.py --d 1000000000 --steps 100",
     ],
     "growth": [
-        "tests/benchmarks/growth.py rows 1000000 2000000 4000000 "
+        "tests/benchmarks/growth.py rows 1000000 2000000 "
         f"--set training.precision=bfloat16 --and {RUN}",
         "tests/benchmarks/growth.py fields 40 158 632 --rows 100000 "
         "--set training.precision=bfloat16",

@@ -1,6 +1,6 @@
 """How time and memory of the whole pipeline grow with rows, or with fields.
 
-    python tests/benchmarks/growth.py rows 1000000 2000000 4000000 --and workspace/appdata
+    python tests/benchmarks/growth.py rows 1000000 2000000 --and workspace/appdata
     python tests/benchmarks/growth.py fields 40 158 632 --rows 200000
 
 rows: logs of AppData's shape, on which d grows with the rows; each goes through `lc-spark run
