@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyspark import StorageLevel
@@ -27,7 +27,7 @@ from lc_spark.training import lr, lr_choice
 log = logging.getLogger("lc_spark")
 
 SAMPLE_ROWS = 200_000
-SAMPLE_CELLS = 40_000_000  # rows times fields
+SAMPLE_CELLS = 20_000_000  # rows times fields
 PART = 0.25  # of the sample: the time for a part and for all tells seconds from seconds a row
 LEAST = 2000  # rows of which a part would be too few for any split
 LR_PASSES = 3
@@ -115,8 +115,8 @@ def run_trial(spark: SparkSession, config: Config, sample_rows: int = SAMPLE_ROW
         d, seconds = fields.field_map.d, time.perf_counter() - started
         log.info("plan: about %s features estimated (%.0f s)", f"{d:,}", seconds)
         started = time.perf_counter()
-        part = PART if n_sample >= LEAST else 1.0
-        measured = _time_stages(spark, there, sample_df.drop("split"), part, fields)
+        shares = (PART, PART, 1.0) if n_sample >= LEAST else (1.0, 1.0, 1.0)
+        measured = _time_stages(spark, there, sample_df.drop("split"), shares, fields)
         log.info("plan: stages timed on them (%.0f s)", time.perf_counter() - started)
         sample_df.unpersist()
     n_source = good_rows + sum(rejected.values())
@@ -157,20 +157,18 @@ def _time_stages(
     spark: SparkSession,
     there: Config,
     sample_df: DataFrame,
-    part: float,
+    shares: Sequence[float],
     fields: PlannedFields,
 ) -> tuple[Line, Line, dict[str, float], int, MllibTrial | None]:
-    """Time what the stages do on a part of the sample and on all of it, in a workspace of its own.
+    """Time what the stages do on shares of the sample, in a workspace of its own.
 
-    The first time of each counts for nothing: Java compiles, workers start.
+    The first time counts for nothing: Java compiles, workers start.
     """
     raw, written, made = files.uri(there.workspace_path / "sample"), [], []
-    for share in (part, 1.0) * 2:
+    for share in shares:
         part_df = sample_df if share == 1 else sample_df.sample(share, there.seed)
         started = time.perf_counter()
-        # In few files: a task does much once for each, and the day of a real log is in few too.
-        few_df = part_df.coalesce(spark.sparkContext.defaultParallelism)
-        few_df.write.mode("overwrite").parquet(raw)
+        part_df.write.mode("overwrite").parquet(raw)
         seconds = time.perf_counter() - started
         raw_df = tables.with_places(spark.read.parquet(raw))
         n = raw_df.count()
@@ -181,7 +179,7 @@ def _time_stages(
         write_levels(spark, fitted.levels, there)
         write_shards(raw_df, fitted.field_map, fitted.vocabulary, there, 0)
         made.append((time.perf_counter() - started, n))
-    write, features = (line_through(*times[2], *times[3]) for times in (written, made))
+    write, features = (line_through(*times[1], *times[2]) for times in (written, made))
     bytes_a_row = {
         "raw": resources.folder_bytes(there.workspace_path / "sample") / n,
         "shards": resources.folder_bytes(there.run_path / "shards") / n,
