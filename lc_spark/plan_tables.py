@@ -74,11 +74,11 @@ def _systems(plan: Plan) -> rich.table.Table:
 def _stages(plan: Plan) -> rich.table.Table:
     memory, disk, seconds = plan.memory(), plan.disk(), plan.seconds()
     table = _table(
-        "What each stage will take, at most",
+        "What each stage will take",
         ("stage", "about seconds", "memory, GB", "disk, GB"),
-        f"Seconds by what was measured here on {plan.trial.timed_rows:,} rows: LR by {plan.lr_by} "
-        "with all of its passes, networks with all epochs. Memory of one machine that runs "
-        "everything.",
+        f"Seconds, roughly, by what was measured here on {plan.trial.timed_rows:,} rows, without "
+        f"the starts of most stages: LR by {plan.lr_by} with all of its passes, networks with all "
+        "epochs. Memory, at most, of one machine that runs everything.",
     )
     for stage, parts in memory.items():
         table.add_row(
