@@ -87,10 +87,10 @@ def test_many_values_that_differ_are_sent_on(
     assert sent + held.size == 2000
 
 
-def test_a_bucket_of_a_large_log_is_a_table_that_arrow_can_hold() -> None:
+def test_a_bucket_of_a_large_log_is_a_batch_that_spark_can_hand_on() -> None:
     assert buckets_for(1000) == BUCKETS
     for cells in (158 * 11_035_501, 2311 * 110_229_536, 158 * 10**10):
-        assert cells / buckets_for(cells) <= 2**31 / 128  # what a text may have
+        assert cells / buckets_for(cells) <= 2**30 / 128  # bytes: of a batch, of a cell
 
 
 def test_keys_of_any_size_are_spread_over_the_buckets(spark: SparkSession) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from conftest import levels_of
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -283,6 +283,22 @@ def test_two_values_of_one_hash_are_an_error_that_names_both(spark: SparkSession
         rank(count_values(df, [info], BUCKETS), {"campaign": 1})
     assert "Field 'campaign'" in str(error.value)
     assert all(repr(value) in str(error.value) for value in pair)
+
+
+def test_a_large_log_is_counted_in_many_tasks_however_few_cores_there_are(
+    train_df: DataFrame,
+) -> None:
+    info = FieldInfo("origin", "categorical", 1, column="origin", column_type="string")
+    df = train_df.repartition(40)
+    for buckets, tasks in ((BUCKETS, 4), (128 * 10, 10)):  # local[2]
+        assert count_values(df, [info], buckets).rdd.getNumPartitions() == tasks
+
+
+def test_hashed_beyond_32_bits_is_refused() -> None:
+    settings = {"name": "origin", "kind": "categorical"}
+    assert fields_of([settings | {"hashed": 2**31 - 2}])
+    with pytest.raises(ValidationError, match="hashed"):
+        fields_of([settings | {"hashed": 2**31 - 1}])
 
 
 USERS = {f"user {n:03}": 2 + n for n in range(200)}  # texts of 8 bytes, seen 2 to 201 times

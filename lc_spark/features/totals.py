@@ -57,6 +57,9 @@ def read_sums(added_df: DataFrame, min_counts: Mapping[str, int]) -> dict[str, S
             total = sum((np.frombuffer(s.as_buffer(), np.int64) for s in batch["sums"]), nothing)
             yield pa.RecordBatch.from_pydict({"sums": pa.array([total.tobytes()], pa.binary())})
 
+    # Buckets may be many thousands: their sums come to the driver added up by tasks. First of all,
+    # since it makes all buckets at once, and first() one partition after the other.
+    parts = added_df.select("sums").mapInArrow(of_task, "sums binary").collect()
     collided = added_df.where("pair IS NOT NULL").select("field", "pair").first()
     if collided is not None:
         pair = " and ".join(map(repr, collided["pair"]))
@@ -64,8 +67,6 @@ def read_sums(added_df: DataFrame, min_counts: Mapping[str, int]) -> dict[str, S
             f"Field '{collided['field']}': {pair} have the same 64-bit hash. Change one of them in "
             "the source (a prefix is enough)."
         )
-    # Buckets may be many thousands: their sums come to the driver added up by tasks.
-    parts = added_df.select("sums").mapInArrow(of_task, "sums binary").collect()
     total = sum((np.frombuffer(part["sums"], np.int64) for part in parts), nothing)
     sums = {}
     for name, line in zip(min_counts, total.reshape(-1, width).tolist(), strict=True):
